@@ -1,0 +1,1 @@
+"""The tuneutils commands, one folder each."""
