@@ -1,0 +1,128 @@
+"""The tuner: where in a model the adapters go."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from ..registry import AdapterError
+from .architectures import ARCHITECTURES, find_architecture
+from .config import BottleneckConfig
+from .layer import BottleneckLayer, layer_class, refuse_merge
+
+
+class BottleneckModel(BaseTuner):
+    """A model with bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021; He et al. 2022).
+
+    Several adapters form a stack in the order given to ``model.base_model.set_adapter(["lang", "task"])``: the task
+    adapter reads what the language adapter wrote. All adapters of one model have one style. Adapters made active are
+    trainable; freeze one with ``model.set_requires_grad("lang", False)``.
+
+    Example:
+        ```py
+        >>> import tuneutils.shared.adapters
+        >>> from peft import get_peft_model
+        >>> config = tuneutils.shared.adapters.BottleneckConfig(style="pfeiffer", task_type="CAUSAL_LM")
+        >>> model = get_peft_model(base, config)
+        ```
+    """
+
+    prefix: str = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    # The defaults depend on the style too; see _prepare_adapter_config.
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(
+        self, peft_config: BottleneckConfig, model_config: dict[str, Any]
+    ) -> BottleneckConfig:
+        text_config = model_config.get("text_config") or model_config
+        if peft_config.hidden_size is None:
+            # Some models name the width differently (GPT-2: n_embd); their config object maps the name.
+            config = getattr(self.model, "config", None)
+            config = config.get_text_config() if hasattr(config, "get_text_config") else config
+            peft_config.hidden_size = getattr(config, "hidden_size", None)
+        if peft_config.hidden_size is None:
+            raise AdapterError("the model's config has no hidden_size; give hidden_size")
+        n_layers = text_config.get("num_hidden_layers", text_config.get("n_layer"))
+        wrong = [
+            i for i in peft_config.layers_to_transform or [] if n_layers and not 0 <= i < n_layers
+        ]
+        if wrong:
+            raise AdapterError(
+                f"layers_to_transform has {wrong[0]}, but the model has {n_layers} layers (0 to {n_layers - 1})"
+            )
+        if peft_config.target_modules is None:
+            peft_config.target_modules = _default_targets(peft_config.style, model_config)
+        return peft_config
+
+    def _check_new_adapter_config(self, config: BottleneckConfig) -> None:
+        super()._check_new_adapter_config(config)
+        other = next((c for c in self.peft_config.values() if c.style != config.style), None)
+        if other is not None:
+            raise AdapterError(
+                f"the model has adapters of style {other.style!r}; one of style {config.style!r} cannot join them "
+                "(different modules are wrapped); use one style for all"
+            )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        layers = peft_config.layers_to_transform
+        if not found or layers is None or not isinstance(peft_config.target_modules, str):
+            return found
+        # PEFT ignores layers_to_transform for a regular expression.
+        index = re.search(r"\.(\d+)(?:\.|$)", f".{key}")
+        return index is not None and int(index[1]) in layers
+
+    def _create_and_replace(
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if not isinstance(target, BottleneckLayer):
+            wrapper = layer_class(peft_config.style, target)(target)
+            self._replace_module(parent, target_name, wrapper, target)
+            target = wrapper
+        # A wrapped dropout has no parameter to tell the device by; its neighbours have.
+        device = next((p.device for p in parent.parameters()), None)
+        target.update_layer(adapter_name, peft_config, int(peft_config.hidden_size or 0), device)
+        if adapter_name not in self.active_adapters:
+            # A further adapter is not trainable until it is made active.
+            target.set_requires_grad(adapter_name, False)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, BottleneckLayer):
+            new_module = child.release()
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        refuse_merge()
+
+
+def _default_targets(style: str, model_config: dict[str, Any]) -> str:
+    model_type = model_config.get("model_type")
+    architecture = find_architecture(model_config)
+    if architecture is None:
+        raise AdapterError(
+            f"no default modules for architecture {model_type!r}; give target_modules "
+            f"(known: {', '.join(sorted(ARCHITECTURES))})"
+        )
+    pattern = architecture.pattern(style)
+    if pattern is None:
+        raise AdapterError(
+            f"style {style!r} needs the MLP as one module, which architecture {model_type!r} lacks; "
+            "use houlsby or pfeiffer"
+        )
+    return pattern
