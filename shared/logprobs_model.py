@@ -6,8 +6,8 @@ add (adapters, virtual tokens, autocast, gathered shards); the chunked loss is t
 the weights are in place, and is what ``forward`` returns. Both replacements are undone on any exception.
 Not thread-safe: nothing else may run the same model meanwhile.
 
-Every method is scored on the same tokens: token ``t`` from the positions before it, the first token never,
-also where prompt learning puts virtual tokens before it (PEFT's own loss would score it there).
+Every method is scored on the same tokens: each from those before it in its row, so the first token of
+a row, or of a document packed into one, never, also where prompt learning puts virtual tokens before it (PEFT's own loss would score it there).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tuneutils.shared.logprobs import (
 )
 
 Result = Tensor | tuple[Tensor, Tensor]
-Compute = Callable[[Tensor, nn.Module, LogitTransform], Result]
+Compute = Callable[[Tensor, Tensor, nn.Module, LogitTransform], Result]
 
 # Values passed through in place of logits; what the model makes of them shows its scale and soft cap.
 _PROBE = (1.0, 7.0, 1e30)
@@ -62,7 +62,7 @@ def causal_nll(
         input_ids: ``(B, T)``.
         attention_mask: ``(B, T)``, padding on either side; 4-D with ``position_ids``; None for ones.
         labels: ``(B, T)``, not shifted: ``labels[:, t]`` is the token at ``t``, -100 where not scored.
-        position_ids: ``(B, T)``; by default counted from the mask.
+        position_ids: ``(B, T)``, 0 where a packed document starts; by default counted from the mask.
         reduction: ``"none"`` gives ``(B, T)``: the loss of the token at ``t``, 0 where not scored.
         num_items: what ``"mean"`` divides by, e.g. the labels of a whole accumulation window.
 
@@ -70,9 +70,8 @@ def causal_nll(
         ToolError: for a model whose logits are computed in a way that cannot be reproduced in chunks.
     """
 
-    def compute(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
+    def compute(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
         linear = _plain_linear(head)
-        targets = labels[:, 1:].to(hidden.device)
         if linear is None or reduction == "none":
             logprobs, _ = _head_logprobs(hidden, head, targets, transform, False, chunk_tokens)
             if reduction == "none":
@@ -92,7 +91,7 @@ def causal_nll(
         )
         return loss
 
-    result = _run(model, input_ids, attention_mask, position_ids, compute)
+    result = _run(model, input_ids, attention_mask, labels, position_ids, compute)
     assert isinstance(result, Tensor)
     return result
 
@@ -135,7 +134,7 @@ def sequence_logprobs(
     """Log-probability ``(B, T)`` of each token of the completion, 0 elsewhere; differentiable once.
 
     Args:
-        completion_mask: ``(B, T)``, nonzero at the tokens that are scored; the first token never is.
+        completion_mask: ``(B, T)``, nonzero at the tokens that are scored; a row's first token never is.
         temperature: the divisor of the logits, as in sampling.
         with_entropy: also give the entropy ``(B, T)``, in nats, of each token's distribution.
 
@@ -143,15 +142,14 @@ def sequence_logprobs(
     """
     labels = input_ids.masked_fill(~completion_mask.bool(), IGNORE_INDEX)
 
-    def compute(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Result:
+    def compute(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform) -> Result:
         transform = LogitTransform(transform.scale, transform.softcap, temperature)
-        targets = labels[:, 1:].to(hidden.device)
         logprobs, entropy = _head_logprobs(hidden, head, targets, transform, with_entropy, chunk_tokens)
         if entropy is None:
             return _pad_first(logprobs)
         return _pad_first(logprobs), _pad_first(entropy)
 
-    return _run(model, input_ids, attention_mask, position_ids, compute)
+    return _run(model, input_ids, attention_mask, labels, position_ids, compute)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -171,15 +169,21 @@ def _run(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None,
+    labels: Tensor,
     position_ids: Tensor | None,
     compute: Compute,
 ) -> Result:
-    """``compute`` on the hidden states ``(B, T - 1, H)`` that predict tokens 1 to T - 1."""
+    """``compute`` on the hidden states ``(B, T - 1, H)`` that predict tokens 1 to T - 1, and on those."""
     base = unwrap(model)
     head = _output_head(base)
     takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
     inner = base.forward
     length = input_ids.shape[1]
+    targets = labels[:, 1:]
+    if attention_mask is not None and attention_mask.dim() == 2:  # a pad predicts nothing
+        targets = targets.masked_fill(attention_mask[:, :-1] == 0, IGNORE_INDEX)
+    if position_ids is not None:  # nor does a packed row's previous document
+        targets = targets.masked_fill(position_ids[:, 1:] == 0, IGNORE_INDEX)
 
     def forward(*args: Any, **kwargs: Any) -> Result:
         if takes_positions:
@@ -197,7 +201,7 @@ def _run(
             transform = _transforms[base] = _measured_transform(output, type(base).__name__)
         ((hidden, autocast),) = captured
         with autocast:
-            return compute(hidden[:, -length:-1], head, transform)
+            return compute(hidden[:, -length:-1], targets.to(hidden.device), head, transform)
 
     if getattr(model.__dict__.get("forward"), "__self__", None) is base:
         model = base  # PEFT's disable_adapter, which for prompt learning keeps base.forward of before
