@@ -11,7 +11,7 @@ from tuneutils.shared.errors import ExitCode, ToolError
 
 
 class AdapterError(ToolError, ValueError):
-    """A wrong adapter configuration or operation; a ``ValueError`` too, which is what PEFT's callers expect."""
+    """A wrong adapter configuration or operation; a ``ValueError`` too, as PEFT's callers expect."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code=ExitCode.USAGE)
@@ -34,9 +34,7 @@ def extend_peft_type(name: str) -> PeftType:
     return PeftType[name]
 
 
-def register_method(
-    name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]
-) -> PeftType:
+def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> PeftType:
     """Register a method with PEFT unless it already is.
 
     Args:

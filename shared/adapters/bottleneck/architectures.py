@@ -25,7 +25,7 @@ class Architecture:
     parallel: str | None = "mlp"
 
     def pattern(self, style: str) -> str | None:
-        """Regular expression of the full names of the modules that ``style`` wraps, vision towers excluded."""
+        """Regular expression of the full names of the modules that ``style`` wraps, no vision tower's."""
         names = getattr(self, style)
         if names is None:
             return None
@@ -36,9 +36,7 @@ class Architecture:
 
 _PRE_NORM = Architecture("layers", houlsby=("self_attn", "mlp"))
 # A norm on each sublayer's output: the adapter comes after it, right before the residual addition.
-_SANDWICH_NORM = Architecture(
-    "layers", houlsby=("post_attention_layernorm", "post_feedforward_layernorm")
-)
+_SANDWICH_NORM = Architecture("layers", houlsby=("post_attention_layernorm", "post_feedforward_layernorm"))
 # Houlsby et al. put the adapter after the dropout; the modules that hold the dropout also hold the norm.
 _BERT = Architecture(
     "layer",

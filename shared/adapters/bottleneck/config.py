@@ -25,28 +25,30 @@ INIT_WEIGHTS = ("zero-up", "bert", "houlsby", "mam_adapter")
 class BottleneckConfig(PeftConfig):
     """Configuration of a [`BottleneckModel`].
 
-    An adapter is ``A(x) = scaling * (f(x @ down.T + b_down) @ up.T + b_up)`` with ``down`` of shape (size, hidden)
-    and ``up`` of shape (hidden, size). The style says where it goes; with ``x`` the residual stream:
+    An adapter is ``A(x) = scaling * (f(x @ down.T + b_down) @ up.T + b_up)`` with ``down`` of shape
+    (size, hidden) and ``up`` of shape (hidden, size). The style says where it goes; with ``x`` the stream:
 
-    - ``houlsby`` (Houlsby et al. 2019, section 2.1): after the attention and after the MLP, each before the residual
-      addition: ``x + s + A(s)``, ``s`` being the sublayer's output.
+    - ``houlsby`` (Houlsby et al. 2019, section 2.1): after the attention and after the MLP, each before the
+      residual addition: ``x + s + A(s)``, ``s`` being the sublayer's output.
     - ``pfeiffer`` (Pfeiffer et al. 2021, AdapterFusion; MAD-X): after the MLP only. In post-norm models
-      ``LayerNorm(z + A(LayerNorm(z)))`` with ``z = x + mlp(x)``. Pre-norm models have no norm there, and follow the
-      `adapters` library (``original_ln_before`` without a norm): the layer's output ``h`` becomes ``h + A(h)``.
-    - ``parallel`` (He et al. 2022, section 3.2, "scaled parallel adapter" at the FFN): ``mlp(u) + A(u)``, ``u`` being
-      the MLP's input. In pre-norm models ``u`` is normalised, as the MLP's own input is; the `adapters` library feeds
-      the unnormalised stream there, which the paper, written for post-norm models, does not settle.
+      ``LayerNorm(z + A(LayerNorm(z)))`` with ``z = x + mlp(x)``. Pre-norm models have no norm there, and
+      follow the `adapters` library (``original_ln_before`` without a norm): the layer's output ``h`` becomes
+      ``h + A(h)``.
+    - ``parallel`` (He et al. 2022, scaled parallel adapter at the FFN): ``mlp(u) + A(u)``, ``u`` being the
+      MLP's input. In pre-norm models that is the normalised stream; the `adapters` library reads it before
+      the norm there. The paper does not settle it, and its authors' code has both (``hi_lnbefore``).
 
     Args:
         style: ``houlsby``, ``pfeiffer`` or ``parallel``.
         reduction_factor: bottleneck size is ``max(1, hidden_size // reduction_factor)``.
         bottleneck_size: the size itself; overrides ``reduction_factor``.
         non_linearity: an activation name of transformers. None: swish for houlsby, relu for the others.
-        scaling: a factor, or ``"learned"`` (one scalar an adapter module, from 1). None: 4 for parallel, else 1.
+        scaling: a factor, or ``"learned"`` (one scalar an adapter module, from 1). None: 4 for
+            parallel, else 1.
         dropout: probability, on the adapter's output.
-        init_weights: ``zero-up`` (down N(0, 0.02), up zero: the model starts equal to its base), ``bert`` (both
-            N(0, 0.02)), ``houlsby`` (both normal, std 0.01, cut at two std: Houlsby et al., section 3.6),
-            ``mam_adapter`` (down Kaiming-uniform, up zero: He et al.). Biases start at zero.
+        init_weights: ``zero-up`` (down normal, std 0.02, up zero: the model starts equal to its base),
+            ``bert`` (both normal, std 0.02), ``houlsby`` (both normal, std 0.01, cut at two std: Houlsby et
+            al., section 3.6), ``mam_adapter`` (down Kaiming-uniform, up zero: He et al.). Biases are zero.
         hidden_size: width of the adapted modules' output. None: the model's own ``hidden_size``.
         target_modules: names or a regular expression of the modules to wrap. None: by architecture.
         exclude_modules: names or a regular expression of modules to leave.
@@ -58,9 +60,7 @@ class BottleneckConfig(PeftConfig):
     """
 
     style: str = field(default="houlsby", metadata={"help": "houlsby, pfeiffer or parallel."})
-    reduction_factor: float = field(
-        default=16, metadata={"help": "Hidden size divided by bottleneck size."}
-    )
+    reduction_factor: float = field(default=16, metadata={"help": "Hidden size divided by bottleneck size."})
     bottleneck_size: int | None = field(
         default=None, metadata={"help": "Bottleneck size; overrides reduction_factor."}
     )
@@ -70,12 +70,8 @@ class BottleneckConfig(PeftConfig):
     scaling: float | str | None = field(
         default=None, metadata={"help": "Factor on the adapter's output, or 'learned'."}
     )
-    dropout: float = field(
-        default=0.0, metadata={"help": "Dropout probability on the adapter's output."}
-    )
-    init_weights: str = field(
-        default="zero-up", metadata={"help": "zero-up, bert, houlsby or mam_adapter."}
-    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's output."})
+    init_weights: str = field(default="zero-up", metadata={"help": "zero-up, bert, houlsby or mam_adapter."})
     hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the adapted modules' output; None: the model's."}
     )
@@ -93,7 +89,7 @@ class BottleneckConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = extend_peft_type("BOTTLENECK")
         _check_choice("style", self.style, STYLE_DEFAULTS)
         _check_choice("init_weights", self.init_weights, INIT_WEIGHTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,9 +18,9 @@ from .config import BottleneckConfig
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A wrapped module with any number of named adapters.
 
-    The active adapters are composed in the order in which they were activated: each reads what the one before it
-    wrote (a stack, as MAD-X has it with the language adapter below the task adapter). Attributes that the wrapper
-    lacks are read from the wrapped module, since model code reads them (``layer.self_attn.layer_idx``).
+    The active adapters are composed in the order in which they were activated: each reads what the one
+    before it wrote (a stack, as MAD-X has it with the language adapter below the task adapter). Attributes
+    that the wrapper lacks are read from the wrapped module: model code reads ``layer.self_attn.layer_idx``.
 
     Args:
         base_layer: the module to wrap.
@@ -71,7 +71,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: str) -> None:
         """Initialise an adapter's weights; see `BottleneckConfig` for the schemes."""
-        down, up = self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name]
+        down = cast(nn.Linear, self.bottleneck_down[adapter_name])
+        up = cast(nn.Linear, self.bottleneck_up[adapter_name])
         if init_weights == "mam_adapter":
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         elif init_weights == "houlsby":
@@ -91,14 +92,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         Args:
             x: (..., hidden); cast to the adapter's dtype as PEFT's LoRA does.
         """
-        down = self.bottleneck_down[adapter_name]
+        down = cast(nn.Linear, self.bottleneck_down[adapter_name])
         x = self._cast_input_dtype(x, down.weight.dtype)
         x = self.bottleneck_up[adapter_name](self.bottleneck_act[adapter_name](down(x)))
         if adapter_name in self.bottleneck_scaling:
             x = x * self.bottleneck_scaling[adapter_name]
         else:
             x = x * self.bottleneck_factor[adapter_name]
-        return self.bottleneck_dropout[adapter_name](x)
+        return cast(torch.Tensor, self.bottleneck_dropout[adapter_name](x))
 
     def working_adapters(self) -> list[str]:
         """Names of the adapters that take part in the forward pass here, in order."""
@@ -113,13 +114,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """Return the wrapped module as it was before it was wrapped."""
         return self.get_base_layer()
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+    def merge(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         refuse_merge()
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        # PEFT looks for a weight on the wrapped module itself; a sublayer has it further down, quantised or not.
+        # PEFT looks for a weight on the wrapped module itself; a sublayer has it further down.
         for parameter in base_layer.parameters():
             return parameter.device, parameter.dtype
         return None, None
@@ -127,16 +128,16 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
 def refuse_merge() -> NoReturn:
     raise AdapterError(
-        "bottleneck adapters cannot be merged: they are not linear, so no base weights equal base plus adapter; "
-        "keep the adapter beside its base, or take it off with unload()"
+        "bottleneck adapters cannot be merged: they are not linear, so no base weights equal base plus "
+        "adapter; keep the adapter beside its base, or take it off with unload()"
     )
 
 
 class OutputBottleneck(BottleneckLayer):
     """Adapters on the wrapped module's output: ``h`` becomes ``h + A(h)``; a tuple's first item is ``h``.
 
-    A hook on the wrapped module does it, not this module's forward, so that whatever else observes that module
-    sees the adapted output: transformers records ``hidden_states`` by hooks on the layers' own class.
+    A hook on the wrapped module does it, not this module's forward, so that whatever else observes that
+    module sees the adapted output: transformers records ``hidden_states`` by hooks on the layers' class.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -150,7 +151,7 @@ class OutputBottleneck(BottleneckLayer):
         self._hook.remove()
         return super().release()
 
-    def _adapt(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _adapt(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         names = self.working_adapters()
         if not names:
             return output
@@ -169,7 +170,7 @@ class PostNormBottleneck(BottleneckLayer):
         adapted = z
         for name in self.working_adapters():
             adapted = adapted + self.adapter_output(name, self.base_layer(adapted.to(z.dtype)))
-        return self.base_layer(adapted.to(z.dtype))
+        return cast(torch.Tensor, self.base_layer(adapted.to(z.dtype)))
 
 
 class ParallelBottleneck(BottleneckLayer):
@@ -193,16 +194,16 @@ class ParallelBottleneck(BottleneckLayer):
 
 
 class ParallelResidualBottleneck(BottleneckLayer):
-    """Adapters beside the MLP of a post-norm model, at the module that adds the MLP's input and normalises.
+    """Adapters beside a post-norm model's MLP, at the module that adds the MLP's input and normalises.
 
-    ``norm(mlp(u) + u)`` becomes ``norm(mlp(u) + u + A(u))``, by way of that module's residual argument.
+    ``norm(mlp(u) + u)`` becomes ``norm(mlp(u) + u + A(u))``, through that module's residual argument.
     """
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         residual = input_tensor
         for name in self.working_adapters():
             residual = residual + self.adapter_output(name, input_tensor)
-        return self.base_layer(hidden_states, residual.to(input_tensor.dtype))
+        return cast(torch.Tensor, self.base_layer(hidden_states, residual.to(input_tensor.dtype)))
 
 
 def layer_class(style: str, module: nn.Module) -> type[BottleneckLayer]:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from ..registry import AdapterError
 from .architectures import ARCHITECTURES, find_architecture
-from .config import BottleneckConfig
 from .layer import BottleneckLayer, layer_class, refuse_merge
 
 
 class BottleneckModel(BaseTuner):
     """A model with bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021; He et al. 2022).
 
-    Several adapters form a stack in the order given to ``model.base_model.set_adapter(["lang", "task"])``: the task
-    adapter reads what the language adapter wrote. All adapters of one model have one style. Adapters made active are
-    trainable; freeze one with ``model.set_requires_grad("lang", False)``.
+    Several adapters form a stack in the order given to ``model.base_model.set_adapter(["lang", "task"])``:
+    the task adapter reads what the language adapter wrote (parallel adapters all read the MLP's input and add
+    up). All adapters of one model have one style. Adapters made active are trainable; freeze one with
+    ``model.set_requires_grad("lang", False)``.
 
     Example:
         ```py
@@ -34,43 +32,38 @@ class BottleneckModel(BaseTuner):
 
     prefix: str = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    # The defaults depend on the style too; see _prepare_adapter_config.
-    target_module_mapping: dict[str, list[str]] = {}
+    # Empty: the default modules depend on the style too, so `_prepare_adapter_config` finds them.
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
-    def _prepare_adapter_config(
-        self, peft_config: BottleneckConfig, model_config: dict[str, Any]
-    ) -> BottleneckConfig:
-        text_config = model_config.get("text_config") or model_config
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        # The config object knows other names of a field (GPT-2: n_embd), its dictionary does not.
+        config: Any = getattr(self.model, "config", None)
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         if peft_config.hidden_size is None:
-            # Some models name the width differently (GPT-2: n_embd); their config object maps the name.
-            config = getattr(self.model, "config", None)
-            config = config.get_text_config() if hasattr(config, "get_text_config") else config
-            peft_config.hidden_size = getattr(config, "hidden_size", None)
+            peft_config.hidden_size = getattr(text_config, "hidden_size", None)
         if peft_config.hidden_size is None:
             raise AdapterError("the model's config has no hidden_size; give hidden_size")
-        n_layers = text_config.get("num_hidden_layers", text_config.get("n_layer"))
-        wrong = [
-            i for i in peft_config.layers_to_transform or [] if n_layers and not 0 <= i < n_layers
-        ]
-        if wrong:
-            raise AdapterError(
-                f"layers_to_transform has {wrong[0]}, but the model has {n_layers} layers (0 to {n_layers - 1})"
-            )
+        n_layers = getattr(text_config, "num_hidden_layers", None)
+        for index in peft_config.layers_to_transform or []:
+            if n_layers is not None and not 0 <= index < n_layers:
+                raise AdapterError(
+                    f"layers_to_transform has {index}, but the model's layers are 0 to {n_layers - 1}"
+                )
         if peft_config.target_modules is None:
             peft_config.target_modules = _default_targets(peft_config.style, model_config)
         return peft_config
 
-    def _check_new_adapter_config(self, config: BottleneckConfig) -> None:
+    def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
-        other = next((c for c in self.peft_config.values() if c.style != config.style), None)
-        if other is not None:
+        styles = {getattr(other, "style", None) for other in self.peft_config.values()} - {config.style}
+        if styles:
             raise AdapterError(
-                f"the model has adapters of style {other.style!r}; one of style {config.style!r} cannot join them "
-                "(different modules are wrapped); use one style for all"
+                f"the model has adapters of style {styles.pop()!r}; one of style {config.style!r} cannot "
+                "join them, since it wraps other modules; use one style for all"
             )
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)
         layers = peft_config.layers_to_transform
         if not found or layers is None or not isinstance(peft_config.target_modules, str):
@@ -81,13 +74,13 @@ class BottleneckModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: BottleneckConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
+        current_key: str,  # noqa: ARG002
+        parameter_name: str | None = None,  # noqa: ARG002
     ) -> None:
         if not isinstance(target, BottleneckLayer):
             wrapper = layer_class(peft_config.style, target)(target)
@@ -95,7 +88,7 @@ class BottleneckModel(BaseTuner):
             target = wrapper
         # A wrapped dropout has no parameter to tell the device by; its neighbours have.
         device = next((p.device for p in parent.parameters()), None)
-        target.update_layer(adapter_name, peft_config, int(peft_config.hidden_size or 0), device)
+        target.update_layer(adapter_name, peft_config, peft_config.hidden_size, device)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is made active.
             target.set_requires_grad(adapter_name, False)
