@@ -1,0 +1,1 @@
+"""import: bring a model in as a safetensors artifact with its licence and source."""
