@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -36,12 +37,8 @@ class BottleneckModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        # The config object knows other names of a field (GPT-2: n_embd), its dictionary does not.
-        config: Any = getattr(self.model, "config", None)
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        if peft_config.hidden_size is None:
-            peft_config.hidden_size = getattr(text_config, "hidden_size", None)
-        if peft_config.hidden_size is None:
+        text_config = self._text_config()
+        if peft_config.hidden_size is None and getattr(text_config, "hidden_size", None) is None:
             raise AdapterError("the model's config has no hidden_size; give hidden_size")
         n_layers = getattr(text_config, "num_hidden_layers", None)
         for index in peft_config.layers_to_transform or []:
@@ -86,12 +83,20 @@ class BottleneckModel(BaseTuner):
             wrapper = layer_class(peft_config.style, target)(target)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
+        # Not stored in the config: loading onto a base of another width must fail on the weights' shapes.
+        hidden_size = peft_config.hidden_size or self._text_config().hidden_size
         # A wrapped dropout has no parameter to tell the device by; its neighbours have.
-        device = next((p.device for p in parent.parameters()), None)
-        target.update_layer(adapter_name, peft_config, peft_config.hidden_size, device)
+        parameters = chain(target.get_base_layer().parameters(), parent.parameters())
+        device = next((parameter.device for parameter in parameters), None)
+        target.update_layer(adapter_name, peft_config, hidden_size, device)
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is made active.
             target.set_requires_grad(adapter_name, False)
+
+    def _text_config(self) -> Any:
+        # The object, as it knows other names of a field (GPT-2: n_embd), which its dictionary does not.
+        config: Any = getattr(self.model, "config", None)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
