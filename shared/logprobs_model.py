@@ -6,8 +6,9 @@ add (adapters, virtual tokens, autocast, gathered shards); the chunked loss is t
 the weights are in place, and is what ``forward`` returns. Both replacements are undone on any exception.
 Not thread-safe: nothing else may run the same model meanwhile.
 
-Every method is scored on the same tokens: each from those before it in its row, so the first token of
-a row, or of a document packed into one, never, also where prompt learning puts virtual tokens before it (PEFT's own loss would score it there).
+Every method is scored on the same tokens: each from those before it in its row, so the first token
+of a row, or of a document packed into one, never, also where prompt learning puts virtual tokens before it
+(PEFT's own loss would score it there).
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def _run(
     """``compute`` on the hidden states ``(B, T - 1, H)`` that predict tokens 1 to T - 1, and on those."""
     base = unwrap(model)
     head = _output_head(base)
-    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    takes_positions = accepts(base, "position_ids")
     inner = base.forward
     length = input_ids.shape[1]
     targets = labels[:, 1:]
@@ -187,7 +188,7 @@ def _run(
 
     def forward(*args: Any, **kwargs: Any) -> Result:
         if takes_positions:
-            kwargs["position_ids"] = _positions(kwargs, position_ids)
+            kwargs["position_ids"] = input_positions(kwargs, position_ids)
         transform = _transforms.get(base)
         with _passthrough(head, probe=transform is None) as captured:
             output = inner(*args, **kwargs)
@@ -203,14 +204,17 @@ def _run(
         with autocast:
             return compute(hidden[:, -length:-1], targets.to(hidden.device), head, transform)
 
-    if getattr(model.__dict__.get("forward"), "__self__", None) is base:
-        model = base  # PEFT's disable_adapter, which for prompt learning keeps base.forward of before
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    with _replaced_forward(base, forward):
+    with replaced_forward(base, forward, root=model):
         result: Result = model(**inputs)
     return result
+
+
+def accepts(base: nn.Module, argument: str) -> bool:
+    """Whether the model's class names ``argument`` in its forward."""
+    return argument in inspect.signature(type(base).forward).parameters
 
 
 def _output_head(base: nn.Module) -> nn.Module:
@@ -225,7 +229,7 @@ def _output_head(base: nn.Module) -> nn.Module:
     return head
 
 
-def _positions(kwargs: dict[str, Any], given: Tensor | None) -> Tensor | None:
+def input_positions(kwargs: dict[str, Any], given: Tensor | None) -> Tensor | None:
     """Positions of the inputs that reach the causal model, virtual tokens included.
 
     PEFT drops the positions that it is given under prompt tuning, so they are counted here from the mask,
@@ -249,17 +253,29 @@ def _positions(kwargs: dict[str, Any], given: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module.forward`` on the instance, put back as it was, an accelerate hook's included."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
+def replaced_forward(
+    module: nn.Module, forward: Callable[..., Any], root: nn.Module | None = None
+) -> Iterator[None]:
+    """``module.forward`` on the instance, put back as it was, an accelerate hook's included.
+
+    Wrappers inside ``root`` that hold the bound method as their own forward get the new one too: PEFT's
+    LLaMA-Adapter does, and so does ``disable_adapter`` under prompt learning.
+    """
+    holders = {module}
+    for other in root.modules() if root is not None else ():
+        if getattr(other.__dict__.get("forward"), "__self__", None) is module:
+            holders.add(other)
+    before = {holder: holder.__dict__.get("forward") for holder in holders}
+    for holder in holders:
+        holder.forward = forward
     try:
         yield
     finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
+        for holder, own in before.items():
+            if own is None:
+                del holder.__dict__["forward"]
+            else:
+                holder.forward = own
 
 
 @contextmanager
@@ -276,7 +292,7 @@ def _passthrough(head: nn.Module, *, probe: bool) -> Iterator[list[tuple[Tensor,
         values = torch.tensor(_PROBE if probe else _PROBE[:1], dtype=torch.float32, device=hidden.device)
         return values.expand(*hidden.shape[:-1], len(values)).contiguous()
 
-    with _replaced_forward(head, forward):
+    with replaced_forward(head, forward):
         yield captured
 
 

@@ -41,6 +41,7 @@ ADAPTERS = {
     ),
     "saved-head": peft.LoraConfig(task_type=CAUSAL, r=4, modules_to_save=["lm_head"]),
     "ia3": peft.IA3Config(task_type=CAUSAL, init_ia3_weights=False),
+    "llama-adapter": peft.AdaptionPromptConfig(task_type=CAUSAL, adapter_len=4, adapter_layers=2),
     "prefix": peft.PrefixTuningConfig(task_type=CAUSAL, num_virtual_tokens=3),
     "prompt": peft.PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=3),
     "p-tuning": peft.PromptEncoderConfig(
@@ -140,12 +141,14 @@ def test_sequence_logprobs_and_entropy_at_a_temperature():
     assert not entropy[:, :8].any()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "lora-on-head", "saved-head", "prefix", "prompt"])
+@pytest.mark.parametrize(
+    "adapter", ["lora", "lora-on-head", "saved-head", "prefix", "prompt", "llama-adapter"]
+)
 def test_disabled_adapter_equals_the_base(adapter):
     ids, mask, labels = batch()
     expected = causal_nll(build(), ids, mask, labels)
     model = build(adapter=adapter)
-    assert causal_nll(model, ids, mask, labels) != expected or adapter == "saved-head"
+    assert causal_nll(model, ids, mask, labels) != expected or adapter in ("saved-head", "llama-adapter")
     with model.disable_adapter():
         torch.testing.assert_close(causal_nll(model, ids, mask, labels), expected)
 
