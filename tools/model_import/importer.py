@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
+from tuneutils.shared import device
 from tuneutils.shared.artifact import Input, write_json
 from tuneutils.shared.command import Run, Summary
 from tuneutils.shared.errors import ExitCode, ToolError, require
@@ -65,7 +65,13 @@ def import_model(run: Run[Params]) -> Summary:
             facts["architecture"], f"{facts['parameters']:,}", facts["dtype"], facts["context"],
             facts["vocabulary"], given.licence, "; logits equal after reloading" if params.verify else "",
         )  # fmt: skip
-    return {"output": run.output, "source": given.source, "sha256": given.sha256, "licence": given.licence, **facts}
+    return {
+        "output": run.output,
+        "source": given.source,
+        "sha256": given.sha256,
+        "licence": given.licence,
+        **facts,
+    }
 
 
 def one_source(inputs: tuple[str, ...]) -> str:
@@ -252,5 +258,3 @@ def _quieten(run: Run[Params]) -> None:
         library_logging.set_verbosity_error()
         library_logging.disable_progress_bar()
         logging.getLogger("gguf").setLevel(logging.ERROR)
-
-
