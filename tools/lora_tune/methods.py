@@ -1,0 +1,171 @@
+"""From a method's name to a model with just the right parameters trainable."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
+from tuneutils.shared.errors import ExitCode, ToolError, nearest
+from tuneutils.tools.lora_tune.params import METHODS, OTHER_LEARNING_RATE, Params
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_method(params: Params) -> None:
+    """Refuse an unknown method, and options that the method would ignore.
+
+    Raises:
+        ToolError: exit 2, with the nearest name.
+    """
+    if params.method not in METHODS and _peft_type(params.method) not in _peft_configs():
+        known = [*METHODS, *(name.lower().replace("_", "-") for name in _peft_configs())]
+        raise ToolError(
+            f"--method {params.method}: unknown{nearest(params.method, known)}", code=ExitCode.USAGE
+        )
+    lora_only = {"dora": params.dora, "rslora": params.rslora, "pissa": params.pissa}
+    lora_only["loraplus-ratio"] = params.loraplus_ratio != 1.0
+    for name, used in lora_only.items():
+        if used and params.method not in ("lora", "qlora"):
+            raise ToolError(f"--{name} goes with --method lora or qlora", code=ExitCode.USAGE)
+    if params.method == "full" and (params.quantization or params.peft_option):
+        raise ToolError("--method full takes no --quantization or --peft-option", code=ExitCode.USAGE)
+    if params.pissa and quantization(params):
+        raise ToolError("--pissa changes the base's weights, which 4-bit storage cannot", code=ExitCode.USAGE)
+
+
+def quantization(params: Params) -> str | None:
+    """The 4-bit scheme of the base, if any."""
+    return params.quantization or ("nf4-double" if params.method == "qlora" else None)
+
+
+def learning_rate(params: Params) -> float:
+    """The rate given, or the method's own."""
+    if params.learning_rate is not None:
+        return params.learning_rate
+    return METHODS[params.method][1] if params.method in METHODS else OTHER_LEARNING_RATE
+
+
+def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: Params, init_text: str) -> Any:
+    """The model with its adapter in place; for ``full``, the model with every weight trainable.
+
+    Args:
+        init_text: what prefix and prompt start from.
+    """
+    if params.method == "full":
+        return model.requires_grad_(True)
+    from peft import get_peft_model
+
+    config = peft_config(params, model.config, init_text)
+    try:
+        made = get_peft_model(model, config)
+    except (ValueError, TypeError, AttributeError, KeyError) as exc:
+        reason = " ".join(str(exc).split())[:300]
+        raise ToolError(f"--method {params.method}: {reason}", code=ExitCode.USAGE) from exc
+    if params.method == "prefix" and "init_weights" not in peft_options(params):
+        _prefix_from_text(made, tokenizer, init_text, params.virtual_tokens)
+    return made
+
+
+def peft_config(params: Params, model_config: Any, init_text: str = "") -> PeftConfig:
+    """The PEFT config of a method, with ``--peft-option`` on top.
+
+    Raises:
+        ToolError: exit 2, an option that the config does not have.
+    """
+    name = METHODS[params.method][0] if params.method in METHODS else _peft_type(params.method)
+    config_class = _peft_configs()[name]
+    known = {f.name for f in fields(config_class)}
+    values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    values.update({k: v for k, v in _method_options(params, model_config, init_text).items() if k in known})
+    for key, value in peft_options(params).items():
+        if key not in known:
+            raise ToolError(
+                f"--peft-option {key}: {config_class.__name__} has no such field{nearest(key, known)}",
+                code=ExitCode.USAGE,
+            )
+        values[key] = value
+    return config_class(**values)
+
+
+def peft_options(params: Params) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs, values read as YAML."""
+    import yaml
+
+    made = {}
+    for pair in params.peft_option:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ToolError(f"--peft-option {pair}: must be KEY=VALUE", code=ExitCode.USAGE)
+        made[key.replace("-", "_")] = yaml.safe_load(value)
+    return made
+
+
+def _peft_type(method: str) -> str:
+    return method.upper().replace("-", "_")
+
+
+def _peft_configs() -> dict[str, type[PeftConfig]]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from tuneutils.shared import adapters  # noqa: F401 - registers our tuners with PEFT
+
+    return {getattr(k, "value", str(k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _method_options(params: Params, model_config: Any, init_text: str) -> dict[str, Any]:
+    """PEFT's fields for our options; those that a config lacks are left out by the caller."""
+    targets: Any = list(params.target_modules) or "all-linear"
+    alpha = params.lora_alpha if params.lora_alpha is not None else 2 * params.lora_rank
+    if params.method in ("lora", "qlora"):
+        return {
+            "r": params.lora_rank,
+            "lora_alpha": alpha,
+            "lora_dropout": params.lora_dropout,
+            "target_modules": targets,
+            "use_dora": params.dora,
+            "use_rslora": params.rslora,
+            "init_lora_weights": "pissa" if params.pissa else True,
+        }
+    if params.method in ("houlsby", "pfeiffer", "parallel"):
+        bottleneck: dict[str, Any] = {"style": params.method, "reduction_factor": params.reduction_factor}
+        return bottleneck | ({"target_modules": targets} if params.target_modules else {})
+    if params.method == "llama-adapter":
+        layers = params.adapter_layers or model_config.num_hidden_layers
+        return {"adapter_len": params.virtual_tokens, "adapter_layers": layers}
+    if params.method in ("prefix", "p-tuning"):
+        return {"num_virtual_tokens": params.virtual_tokens, "encoder_hidden_size": model_config.hidden_size}
+    if params.method == "prompt":
+        return {
+            "num_virtual_tokens": params.virtual_tokens,
+            "prompt_tuning_init": "TEXT",
+            "prompt_tuning_init_text": init_text,
+            "tokenizer_name_or_path": params.model,
+        }
+    if params.method == "ia3":
+        return {"target_modules": list(params.target_modules)} if params.target_modules else {}
+    return {
+        "r": params.lora_rank,
+        "alpha": alpha,
+        "lora_alpha": alpha,
+        "num_virtual_tokens": params.virtual_tokens,
+        "target_modules": targets,
+    }
+
+
+def _prefix_from_text(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> None:
+    """Start the prefix from the keys and values that the model itself has for a text.
+
+    PEFT's own comparison finds .42 against .19 accuracy for this over a random start.
+    """
+    import torch
+    from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+
+    ids = tokenizer(text).input_ids
+    ids = (ids * (length // max(len(ids), 1) + 1))[:length]
+    base = model.get_base_model()
+    with torch.no_grad():
+        cache = base(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=cache, num_virtual_tokens=length)

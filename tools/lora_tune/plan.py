@@ -1,0 +1,69 @@
+"""What a run would train and need, counted on a model without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuneutils.shared.command import Run
+from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
+from tuneutils.shared.models import load_tokenizer, parameter_counts, resolve
+from tuneutils.tools.lora_tune.methods import apply_method, check_method, learning_rate, quantization
+from tuneutils.tools.lora_tune.params import Params
+
+
+def plan(run: Run[Params]) -> dict[str, Any]:
+    """Trainable and total parameters, and an estimate of the peak memory in bytes."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    params = run.params
+    check_method(params)
+    base = resolve(params.model)
+    dtype = resolve_dtype(run.dtype, resolve_device(run.device))
+    if base.kind == "gguf":
+        return {"dtype": dtype_name(dtype), "learning_rate": learning_rate(params)}
+    config = AutoConfig.from_pretrained(base.path, revision=base.revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+        bare = params.__class__(**{**vars(params), "pissa": False})
+        if params.method in ("prefix", "prompt"):
+            counts = _prompt_counts(model, params)
+        else:
+            counts = parameter_counts(apply_method(model, load_tokenizer(base), bare, "."))
+    return {
+        "dtype": dtype_name(dtype),
+        "learning_rate": learning_rate(params),
+        "trainable_parameters": counts["trainable"],
+        "total_parameters": counts["total"],
+        "memory_estimate_bytes": memory_estimate(params, config, counts, dtype.itemsize),
+    }
+
+
+def _prompt_counts(model: Any, params: Params) -> dict[str, int]:
+    """Prefix and prompt start from a text's activations, which a model without weights does not have."""
+    config = model.config
+    total = parameter_counts(model)["total"]
+    if params.method == "prompt":
+        added = params.virtual_tokens * config.hidden_size
+    else:
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        added = params.virtual_tokens * 2 * config.num_hidden_layers * heads * head_dim
+    return {"trainable": added, "total": total + added}
+
+
+def memory_estimate(params: Params, config: Any, counts: dict[str, int], itemsize: int) -> int:
+    """Weights, gradients, Adam's two moments, and the activations that backward keeps, in bytes.
+
+    Activations per token and layer: about 34 hidden-size values with the feed-forward block at four times
+    the hidden size (Korthikanti et al. 2022, equation 1, without the quadratic attention term, which
+    memory-efficient attention does not keep); one with gradient checkpointing.
+    """
+    trainable = counts["trainable"]
+    stored = 4.0 if params.method == "full" else (0.55 if quantization(params) else float(itemsize))
+    weights = (counts["total"] - trainable) * stored + trainable * 4
+    tokens = params.batch_size * params.max_length
+    per_layer = config.hidden_size * (1 if params.gradient_checkpointing else 17) * itemsize
+    activations = tokens * per_layer * config.num_hidden_layers
+    chunk_of_logits = 2 * 32 * 2**20
+    return int(weights + 3 * 4 * trainable + activations + chunk_of_logits)
