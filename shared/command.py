@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import click
 
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
-from tuneutils.shared.exits import guarded
+from tuneutils.shared.exits import run_command
 from tuneutils.shared.options import (
     click_options,
     common_options,
@@ -83,10 +83,8 @@ class Run(Generic[P]):
             value = getattr(self.params, field.name)
             value = list(value) if isinstance(value, tuple) else value
             out[field.name] = {"value": value, "source": self.sources.get(field.name, "default")}
-        for name in ("dtype", "device") if self.uses_model else ():
-            if name == "dtype":
-                out[name] = {"value": self.dtype, "source": self.sources.get(name, "default")}
-        out["on_error"] = {"value": self.on_error, "source": self.sources.get("on_error", "default")}
+        for name in ("dtype", "on_error") if self.uses_model else ("on_error",):
+            out[name] = {"value": getattr(self, name), "source": self.sources.get(name, "default")}
         return out
 
     def artifact(self, kind: str, inputs: Sequence[Any] = ()) -> Artifact:
@@ -147,31 +145,35 @@ class ToolCommand(click.Command):
     group: str = ""
     params_class: type | None = None
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **kwargs)
-        kwargs.setdefault("prog_name", self.tool_name)
-        code = guarded(
-            self.tool_name, lambda: super(ToolCommand, self).main(*args, standalone_mode=False, **kwargs)
-        )
-        sys.exit(code)
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        sys.exit(run_command(self, args, prog_name or self.tool_name, **extra))
 
 
 class ToolGroup(click.Group):
     """A tool with subcommands (``pref-collect serve``); with ``default`` set, that one may go unnamed."""
 
     tool_name: str = ""
-    group: str = ""
+    group: str = ""  # type: ignore[assignment] - Click's decorator, which no tool uses
     default: str | None = None
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **kwargs)
-        kwargs.setdefault("prog_name", self.tool_name)
-        code = guarded(
-            self.tool_name, lambda: super(ToolGroup, self).main(*args, standalone_mode=False, **kwargs)
-        )
-        sys.exit(code)
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        sys.exit(run_command(self, args, prog_name or self.tool_name, **extra))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         asks = {"-h", "--help", "--version"}
@@ -219,7 +221,7 @@ def tool(
 
     def decorate(function: Callable[[Run[P]], Summary | None]) -> ToolCommand:
         def callback(**values: Any) -> int:
-            run = _make_run(full_name, params_class, values, inputs, stdin, uses_model)
+            run = _make_run(full_name, params_class, values, inputs, many, stdin, uses_model)
             return _execute(run, function, plan, output, streams)
 
         arguments: list[click.Parameter] = []
@@ -255,6 +257,7 @@ def _make_run(
     params_class: type[P],
     values: dict[str, Any],
     inputs: str | None,
+    many: bool,
     stdin: bool,
     uses_model: bool,
 ) -> Run[P]:
@@ -273,6 +276,10 @@ def _make_run(
         if not stdin or sys.stdin is None or sys.stdin.isatty():
             raise click.UsageError(f"missing {inputs}", context)
         paths = ("-",)
+    if not many and len(paths) > 1:
+        raise click.UsageError(f"takes one {inputs}, got {len(paths)}", context)
+    if paths.count("-") > 1:
+        raise click.UsageError("stdin (-) can be read only once", context)
     run = Run(
         tool=name,
         params=params_class(**given),

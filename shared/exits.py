@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -12,9 +12,35 @@ import click
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate, nearest
 
 
-def guarded(name: str, call: Callable[[], Any]) -> int:
+def run_command(command: click.Command, args: Sequence[str] | None, prog_name: str, **extra: Any) -> int:
+    """Parse ``args`` (``sys.argv`` for None), run the command, and give its exit code.
+
+    Click's own ``main`` would turn a broken pipe into exit 1 and a truncated read into an interrupt.
+    """
+    argv = sys.argv[1:] if args is None else list(args)
+    variable = "_" + prog_name.replace("-", "_").replace(" ", "_").upper() + "_COMPLETE"
+    if variable in os.environ:
+        command.main(argv, prog_name, complete_var=variable, standalone_mode=False, **extra)
+
+    def call() -> Any:
+        with command.make_context(prog_name, argv, **extra) as context:
+            return command.invoke(context)
+
+    return guarded(prog_name, call, verbose=bool({"-v", "--verbose"} & set(argv)))
+
+
+def guarded(name: str, call: Callable[[], Any], *, verbose: bool = False) -> int:
     """Run ``call`` and turn whatever it raises into one line on stderr and an exit code."""
     _terminate_cleanly()
+    code = _guarded(name, call, verbose)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _silence_stdout()
+    return code
+
+
+def _guarded(name: str, call: Callable[[], Any], verbose: bool) -> int:
     try:
         result = call()
         sys.stdout.flush()
@@ -37,7 +63,7 @@ def guarded(name: str, call: Callable[[], Any]) -> int:
         _say(name, exc.format_message())
         return exc.exit_code
     except Exception as exc:
-        if _verbose():
+        if verbose:
             import traceback
 
             traceback.print_exc()
@@ -48,33 +74,41 @@ def guarded(name: str, call: Callable[[], Any]) -> int:
 
 def describe(exc: Exception) -> tuple[str, int]:
     """The line and the exit code for an exception that reached the top of a command."""
-    import errno
-
-    if isinstance(exc, ToolError):
-        return str(exc), exc.code
-    if isinstance(exc, FileNotFoundError):
-        return f"{exc.filename}: no such file or directory", ExitCode.MISSING_INPUT
-    if isinstance(exc, (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)):
-        return f"{exc.filename}: {exc.strerror}", ExitCode.CANNOT_WRITE
-    if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"{exc.filename or 'output'}: {exc.strerror}", ExitCode.CANNOT_WRITE
     text = " ".join(str(exc).split())
+    if isinstance(exc, ToolError):
+        return text, exc.code
     if _out_of_memory(exc, text):
         return (
             "out of memory; try half the --batch-size, a shorter --max-length, or --gradient-checkpointing",
             ExitCode.RETRYABLE,
         )
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return _describe_os_error(exc)
     if "No space left on device" in text:
         return f"output: {text[:200]}", ExitCode.CANNOT_WRITE
+    if isinstance(exc, ModuleNotFoundError) and not (exc.name or "tuneutils").startswith("tuneutils"):
+        return f"the package {exc.name!r} is not installed; run: pip install {exc.name}", ExitCode.UNAVAILABLE
     return (
         f"bug: {type(exc).__name__}: {text[:300]} (-v shows the traceback; please report it)",
         ExitCode.BUG,
     )
 
 
+def _describe_os_error(exc: OSError) -> tuple[str, int]:
+    if isinstance(exc, (ConnectionError, TimeoutError)):
+        return f"network: {exc.strerror}; try again", ExitCode.RETRYABLE
+    line = f"{exc.filename or 'output'}: {(exc.strerror or 'cannot write').lower()}"
+    if isinstance(exc, FileNotFoundError):
+        return line, ExitCode.MISSING_INPUT
+    return line, ExitCode.CANNOT_WRITE
+
+
 def _out_of_memory(exc: Exception, text: str) -> bool:
+    import errno
+
     named = isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in text or "not enough memory" in text
+    refused = isinstance(exc, OSError) and exc.errno == errno.ENOMEM
+    return named or refused or "can't allocate memory" in text or "not enough memory" in text
 
 
 def _usage_message(exc: click.UsageError) -> str:
@@ -93,15 +127,12 @@ def _say(name: str, message: str) -> None:
         pass
 
 
-def _verbose() -> bool:
-    context = click.get_current_context(silent=True)
-    asked = {"-v", "--verbose"} & set(sys.argv[1:])
-    return bool(asked) or bool(context and context.params.get("verbose"))
-
-
 def _silence_stdout() -> None:
-    """Keep the interpreter's own flush at exit from reporting the broken pipe a second time."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Keep the interpreter's own flush at exit from reporting the broken pipe or full disk a second time."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # no file behind it, or closed
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
 
 
 def _terminate_cleanly() -> None:

@@ -147,7 +147,7 @@ def common_options(*, output: str | None, uses_model: bool, streams: bool) -> li
         )
     made.append(
         click.Option(
-            ["params_from", "--params"],
+            ["params", "--params"],
             multiple=True,
             is_eager=True,
             expose_value=False,
@@ -156,7 +156,9 @@ def common_options(*, output: str | None, uses_model: bool, streams: bool) -> li
             help="Take defaults from a section of a YAML file, e.g. params.yaml:lora.common.",
         )
     )
-    made.append(click.Option(["--seed"], type=click.IntRange(0), default=0, help="Seed of all randomness."))
+    made.append(
+        click.Option(["--seed"], type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of all randomness.")
+    )
     if uses_model:
         made.append(click.Option(["--device"], default="auto", help=DEVICE_HELP))
         made.append(
@@ -183,16 +185,35 @@ def common_options(*, output: str | None, uses_model: bool, streams: bool) -> li
     return made
 
 
-def _load_params(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> None:
-    known = {p.name: p for p in ctx.command.params if p.name}
+def _load_params(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> None:
+    known = {p.name: p for p in ctx.command.params if p.name and p is not param and p.name != "version"}
     for value in values:
-        section = read_section(value)
-        for key, entry in section.items():
+        for key, entry in read_section(value).items():
             name = str(key).replace("-", "_")
             if name not in known:
                 raise ToolError(f"{value}: unknown key {key!r}{nearest(name, known)}", code=ExitCode.USAGE)
             if entry is not None:
-                ctx.default_map = {**(ctx.default_map or {}), name: entry}
+                default = _as_text(ctx, known[name], entry, f"{value}: key {key!r}")
+                ctx.default_map = {**(ctx.default_map or {}), name: default}
+
+
+def _as_text(ctx: click.Context, param: click.Parameter, entry: Any, place: str) -> Any:
+    """A YAML value as text, so that Click judges it as on the command line (1.5 is no integer)."""
+    many = param.multiple if isinstance(param, click.Option) else param.nargs == -1
+    entries = entry if isinstance(entry, list) else [entry]
+    if isinstance(entry, list) and not many:
+        raise ToolError(f"{place}: takes one value, not a list", code=ExitCode.USAGE)
+    texts = []
+    for item in entries:
+        if item is None or isinstance(item, (dict, list)):
+            raise ToolError(f"{place}: must be a plain value", code=ExitCode.USAGE)
+        text = str(item).lower() if isinstance(item, bool) else str(item)
+        try:
+            param.type.convert(text, param, ctx)
+        except click.BadParameter as exc:
+            raise ToolError(f"{place}: {exc.message.rstrip('.')}", code=ExitCode.USAGE) from exc
+        texts.append(text)
+    return texts if many else texts[0]
 
 
 def read_section(value: str) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # ``from support import …`` in any test file
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "shared")]  # ``from support import …`` in any test file
 
-from support import Result, build_tiny_model, invoke, load_tool, run_cli, tool_args
+from support import Result, build_tiny_model, invoke, load_tool, run_cli, tool_args  # noqa: E402
 
 
 @pytest.fixture(scope="session")
