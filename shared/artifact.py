@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
+from tuneutils.shared.files import atomic_file, leftovers, make_parent, sweep, sync
+from tuneutils.shared.streams import require_readable
 
 if TYPE_CHECKING:
     from tuneutils.shared.command import Run
@@ -78,35 +81,57 @@ def sha256_tree(folder: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and path != folder / MANIFEST:
             yield path
 
 
 def describe_input(role: str, path: str | os.PathLike[str]) -> Input:
     """Hash an input and take over what its own manifest says of it.
 
-    A file's manifest is ``FILE.artifact.json`` beside it, or its folder's, if that lists it.
+    A file's manifest is ``FILE.artifact.json`` beside it, or its folder's, if that lists it; a file
+    that has changed since has none. Of a folder only the sizes are compared: its weights may be large.
+
+    Raises:
+        ToolError: nothing is there (66), or an artifact's files are not those of its manifest (65).
     """
-    shown = portable_path(path)
-    found = Path(path)
     if str(path) == "-":
         return Input(role, "-", "")
-    if not found.exists():
-        raise ToolError(f"{path}: no such file or directory", code=ExitCode.MISSING_INPUT)
+    found = Path(path)
+    require_readable(str(path))
     manifest_path = manifest_of(found)
     manifest = load_manifest(manifest_path) if manifest_path else {}
-    if found.is_dir():
-        sha256 = sha256_file(manifest_path) if manifest_path else sha256_tree(found)
-    else:
+    if not found.is_dir():
         sha256 = sha256_file(found)
+        if manifest_path and sha256 != _listed(manifest, manifest_path, found).get("sha256"):
+            manifest = {}
+    elif manifest_path:
+        _check_sizes(found, manifest)
+        sha256 = sha256_file(manifest_path)
+    else:
+        sha256 = sha256_tree(found)
     return Input(
         role,
-        shown,
+        portable_path(path),
         sha256,
         kind=manifest.get("kind"),
         licence=manifest.get("licence"),
         source=manifest.get("source"),
     )
+
+
+def _listed(manifest: Manifest, manifest_path: Path, path: Path) -> dict[str, Any]:
+    name = path.relative_to(manifest_path.parent).as_posix()
+    entry: dict[str, Any] = manifest.get("files", {}).get(name, {})
+    return entry
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    for name, entry in manifest.get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise ToolError(
+                f"{path}: missing or changed since {folder / MANIFEST} was written; make it again"
+            )
 
 
 def portable_path(path: str | os.PathLike[str]) -> str:
@@ -236,15 +261,19 @@ class Artifact:
         """
         assert run.output is not None
         final = Path(run.output)
+        if final.name in ("", ".."):
+            final = final.resolve()
+        _restore(final)
         if final.exists() or final.is_symlink():
             _check_existing(final, run, kind, inputs)
+        make_parent(final)
+        sweep(final)
+        temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-            _sweep(final)
             temporary.mkdir()
         except OSError as exc:
-            raise ToolError(f"{final}: cannot write: {exc.strerror}", code=ExitCode.CANNOT_WRITE) from exc
+            reason = (exc.strerror or "").lower()
+            raise ToolError(f"{final}: cannot write: {reason}", code=ExitCode.CANNOT_WRITE) from exc
         return cls(kind, final, run, list(inputs), temporary)
 
     @property
@@ -275,8 +304,8 @@ class Artifact:
         """Write the manifest, sync, and put the artifact under its final name."""
         manifest = self.manifest()
         write_json(self.dir / MANIFEST, manifest)
-        for path in [*_files(self.dir), self.dir / MANIFEST, self.dir]:
-            _sync(path)
+        for path in [*self.dir.rglob("*"), self.dir]:
+            sync(path)
         previous: Path | None = None
         if self.final.exists():
             previous = self.final.parent / f".{self.final.name}.{os.getpid()}.old"
@@ -287,7 +316,7 @@ class Artifact:
             if previous is not None:
                 os.rename(previous, self.final)
             raise
-        _sync(self.final.parent)
+        sync(self.final.parent)
         if previous is not None:
             shutil.rmtree(previous, ignore_errors=True)
         return manifest
@@ -338,6 +367,15 @@ def _check_existing(final: Path, run: Run[Any], kind: str, inputs: Sequence[Inpu
     )
 
 
+def _restore(final: Path) -> None:
+    """Finish what a run that was killed while replacing an artifact left: the old one is still whole."""
+    for old in leftovers(final, "old"):
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, final)
+
+
 def _difference(old: Manifest, new: Mapping[str, Any], kind: str) -> str | None:
     """The first thing in which an existing artifact differs from the one asked for."""
     for key, wanted in (
@@ -349,10 +387,10 @@ def _difference(old: Manifest, new: Mapping[str, Any], kind: str) -> str | None:
         if old.get(key) != wanted:
             return f"{key} {old.get(key)!r}, now {wanted!r}"
     for name, entry in new["params"].items():
-        before = old["params"].get(name, {}).get("value")
+        before = old.get("params", {}).get(name, {}).get("value")
         if before != json.loads(json.dumps(entry["value"])):
             return f"{name} {before!r}, now {entry['value']!r}"
-    before_inputs = [(i["role"], i["sha256"]) for i in old["inputs"]]
+    before_inputs = [(i["role"], i["sha256"]) for i in old.get("inputs", [])]
     if before_inputs != [(i["role"], i["sha256"]) for i in new["inputs"]]:
         return "other inputs"
     if any(i["path"] == "-" for i in new["inputs"]):
@@ -360,36 +398,36 @@ def _difference(old: Manifest, new: Mapping[str, Any], kind: str) -> str | None:
     return None
 
 
-def _sweep(final: Path) -> None:
-    """Remove temporary folders that killed runs of the same output left behind."""
-    for left in final.parent.glob(f".{final.name}.*.tmp"):
-        pid = left.name.rsplit(".", 2)[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, value: Any) -> None:
-    """JSON with sorted floats as Python prints them, one trailing newline; NaN is refused."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    """Indented JSON in UTF-8 with a newline at the end; NumPy and torch scalars as numbers.
+
+    Raises:
+        ToolError: a number in it is not finite (65); the message names where it stands.
+    """
+    bad = next(_not_finite(value, ""), None)
+    if bad is not None:
+        raise ToolError(f"{path.name}: {bad[0]} is {bad[1]}; a diverged run is no result")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_scalar)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _not_finite(item, f"{place}[{i}]")
+    elif hasattr(value, "item"):
+        yield from _not_finite(value.item(), place)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+
+
+def _scalar(value: Any) -> Any:
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def library_versions() -> dict[str, str]:
@@ -414,7 +452,5 @@ def sidecar(run: Run[Any], stream: Path, inputs: Sequence[Input], **keys: Any) -
         **{k: v for k, v in keys.items() if v is not None},
         "files": {stream.name: {"sha256": sha256_file(stream), "bytes": stream.stat().st_size}},
     }
-    from tuneutils.shared.records import atomic_file
-
     with atomic_file(stream.with_name(f"{stream.name}.{MANIFEST}")) as temporary:
         write_json(temporary, manifest)

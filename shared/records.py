@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tuneutils.shared.errors import ExitCode, ToolError, nearest, require
-
-Record = dict[str, Any]
+from tuneutils.shared.errors import ExitCode, ToolError, nearest
+from tuneutils.shared.files import atomic_file
+from tuneutils.shared.streams import Record, compressor, plain_row, raw_lines, require_readable, write_parquet
 
 STREAM_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")
 
@@ -102,12 +103,12 @@ def _check_field(name: str, value: Any) -> None:
     if name == "messages":
         check_messages(name, value)
     elif name == "label":
-        if not isinstance(value, (bool, int)):
+        if value not in (0, 1) or isinstance(value, float):
             raise ValueError(f"field 'label': must be true or false, is {_kind(value)}")
     elif isinstance(value, list) and name in ("prompt", "completion", "chosen", "rejected"):
         check_messages(name, value)
-    elif not isinstance(value, str):
-        raise ValueError(f"field {name!r}: must be a string, is {_kind(value)}")
+    else:
+        _check_text(f"field {name!r}", value)
     if name in ("completion", "text", "chosen", "rejected") and isinstance(value, str) and not value.strip():
         raise ValueError(f"field {name!r}: is empty")
 
@@ -120,8 +121,19 @@ def check_messages(name: str, value: Any) -> None:
         if not isinstance(message, dict):
             raise ValueError(f"field {name}[{i}]: must be an object, is {_kind(message)}")
         for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(f"field {name}[{i}].{key}: must be a string, is {_kind(message.get(key))}")
+            _check_text(f"field {name}[{i}].{key}", message.get(key))
+
+
+def _check_text(place: str, value: Any) -> None:
+    """A string that UTF-8 can hold: no tokenizer takes the lone surrogates that JSON escapes allow."""
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: must be a string, is {_kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as exc:
+            code = f"\\u{ord(value[exc.start]):04x}"
+            raise ValueError(f"{place}: lone surrogate {code} at character {exc.start + 1}") from exc
 
 
 def _kind(value: Any) -> str:
@@ -154,11 +166,12 @@ class Reader:
         validate: Callable[[Record], None] | None = None,
     ) -> None:
         self.paths = [str(stream_path(p)) for p in paths]
+        for path in self.paths:
+            require_readable(path)
         self.formats = tuple(formats)
         self.on_error = on_error
         self.stats = Stats()
-        self._quarantine_path = Path(quarantine) if quarantine else None
-        self._quarantine: IO[bytes] | None = None
+        self._quarantine = Path(quarantine) if quarantine else None
         self._allow_empty = allow_empty
         self._validate = validate
         if on_error == "quarantine" and quarantine is None:
@@ -171,25 +184,25 @@ class Reader:
             yield located.record
 
     def located(self) -> Iterator[Located]:
-        """The records with their places."""
-        try:
-            for path in self.paths:
-                for line, raw in _raw_lines(path):
-                    located = self._parse(path, line, raw)
-                    if located is not None:
-                        self.stats.read += 1
-                        yield located
-            if not self.stats.read and not self._allow_empty:
-                refused = f" ({self.stats.refused} refused)" if self.stats.refused else ""
-                raise ToolError(f"{', '.join(map(_shown, self.paths))}: no records{refused}")
-        finally:
-            if self._quarantine is not None:
-                self._quarantine.close()
+        """The records with their places. Each call starts anew: counts, quarantine and all."""
+        self.stats = Stats()
+        if self.on_error == "quarantine" and self._quarantine is not None:
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            self._quarantine.write_bytes(b"")
+        for path in self.paths:
+            for line, raw in raw_lines(path):
+                located = self._parse(path, line, raw)
+                if located is not None:
+                    self.stats.read += 1
+                    yield located
+        if not self.stats.read and not self._allow_empty:
+            refused = f" ({self.stats.refused} refused)" if self.stats.refused else ""
+            raise ToolError(f"{', '.join(map(_shown, self.paths))}: no records{refused}")
 
     def _parse(self, path: str, line: int, raw: bytes | Record) -> Located | None:
         place = f"{_shown(path)}:{line}"
         try:
-            record = raw if isinstance(raw, dict) else parse_line(raw)
+            record = plain_row(raw) if isinstance(raw, dict) else parse_line(raw)
             if self.formats:
                 check(record, self.formats)
             if self._validate is not None:
@@ -209,17 +222,30 @@ class Reader:
             self._keep(located, reason, located.record if raw is None else raw)
 
     def _keep(self, located: Located, reason: str, raw: bytes | Record) -> None:
-        if self._quarantine is None:
-            assert self._quarantine_path is not None
-            self._quarantine_path.parent.mkdir(parents=True, exist_ok=True)
-            self._quarantine = open(self._quarantine_path, "wb")  # noqa: SIM115 - closed by located()
+        assert self._quarantine is not None
         kept: Record = {"path": _shown(located.path), "line": located.line, "reason": reason}
-        if isinstance(raw, dict):
-            kept["record"] = raw
-        else:
-            kept["raw"] = raw.decode("utf-8", errors="backslashreplace")
-        self._quarantine.write(dump_line(kept))
-        self._quarantine.flush()
+        with open(self._quarantine, "ab") as sink:
+            sink.write(dump_line({**kept, **_kept_fields(raw)}))
+
+
+def _kept_fields(raw: bytes | Record) -> Record:
+    """A refused line as text, and in base64 too where the text cannot give it back byte for byte.
+
+    A row of Parquet that JSON cannot hold is kept as Python writes it.
+    """
+    if isinstance(raw, dict):
+        try:
+            dump_line(raw)
+        except ToolError:
+            return {"raw": repr(raw)}
+        return {"record": raw}
+    try:
+        return {"raw": raw.decode("utf-8")}
+    except UnicodeDecodeError:
+        import base64
+
+        shown = raw.decode("utf-8", errors="backslashreplace")
+        return {"raw": shown, "raw_base64": base64.b64encode(raw).decode("ascii")}
 
 
 def read(
@@ -240,7 +266,7 @@ def parse_line(raw: bytes) -> Record:
     except UnicodeDecodeError as exc:
         raise ValueError(f"not UTF-8: byte 0x{raw[exc.start]:02x} at byte {exc.start + 1}") from exc
     try:
-        record = json.loads(text, parse_constant=_refuse_constant)
+        record = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as exc:
         cut = "; the line seems cut off" if exc.pos >= len(text.rstrip()) or "Unterminated" in exc.msg else ""
         raise ValueError(f"not JSON: {exc.msg} at column {exc.colno}{cut}") from exc
@@ -255,12 +281,27 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"not JSON: {name} is no JSON number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"not JSON that can be kept: {text[:20]} is beyond a double")
+    return value
+
+
 def dump_line(record: Record) -> bytes:
-    """One record as a UTF-8 line; lone surrogates stay escaped, so that the line is valid UTF-8."""
+    """One record as a UTF-8 line; lone surrogates stay escaped, so that the line is valid UTF-8.
+
+    Raises:
+        ToolError: the record holds what JSON cannot: NaN, an infinity, bytes, or too deep a nesting.
+    """
     try:
-        return (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-    except UnicodeEncodeError:
-        return (json.dumps(record, allow_nan=False) + "\n").encode("ascii")
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        try:
+            return (text + "\n").encode("utf-8")
+        except UnicodeEncodeError:
+            return (json.dumps(record) + "\n").encode("ascii")
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ToolError(f"a record cannot be written as JSON: {exc}") from exc
 
 
 class Writer:
@@ -292,27 +333,11 @@ def open_writer(path: str | os.PathLike[str]) -> Iterator[Writer]:
             buffer = io.BytesIO()
             writer = Writer(buffer)
             yield writer
-            _write_parquet(buffer, temporary)
+            write_parquet(temporary, [json.loads(line) for line in buffer.getvalue().splitlines()])
         else:
-            with open(temporary, "wb") as raw, _compressor(name, raw) as sink:
+            with open(temporary, "wb") as raw, compressor(name, raw) as sink:
                 writer = Writer(sink)
                 yield writer
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` that is synced and renamed to it at the end, or removed on failure."""
-    if path.is_dir():
-        raise ToolError(f"{path}: is a directory", code=ExitCode.CANNOT_WRITE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as done:
-            os.fsync(done.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write(path: str | os.PathLike[str], records: Iterable[Record]) -> int:
@@ -342,81 +367,3 @@ def stream_path(path: str | os.PathLike[str]) -> Path | str:
 
 def _shown(path: str) -> str:
     return "<stdin>" if path == "-" else path
-
-
-def _raw_lines(path: str) -> Iterator[tuple[int, bytes | Record]]:
-    if path.endswith(".parquet"):
-        yield from enumerate(_parquet_rows(path), 1)
-        return
-    with _open_binary(path) as source:
-        try:
-            for number, raw in enumerate(source, 1):
-                if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
-                    raw = raw[3:]
-                if raw.strip():
-                    yield number, raw.rstrip(b"\r\n")
-        except (EOFError, OSError) as exc:
-            if isinstance(exc, OSError) and exc.errno is not None:
-                raise
-            raise ToolError(f"{path}: damaged or cut-off compressed file: {exc}") from exc
-
-
-@contextmanager
-def _open_binary(path: str) -> Iterator[IO[bytes]]:
-    if path == "-":
-        yield sys.stdin.buffer
-    elif path.endswith(".gz"):
-        import gzip
-
-        with gzip.open(path, "rb") as stream:
-            yield stream  # type: ignore[misc]
-    elif path.endswith(".zst"):
-        import zstandard
-
-        with open(path, "rb") as raw:
-            try:
-                with zstandard.ZstdDecompressor().stream_reader(raw) as reader:
-                    yield io.BufferedReader(reader)  # type: ignore[type-var]
-            except zstandard.ZstdError as exc:
-                raise ToolError(f"{path}: damaged compressed file: {exc}") from exc
-    else:
-        with open(path, "rb") as stream:
-            yield stream
-
-
-@contextmanager
-def _compressor(name: str, raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    if name.endswith(".gz"):
-        import gzip
-
-        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as sink:
-            yield sink
-    elif name.endswith(".zst"):
-        import zstandard
-
-        with zstandard.ZstdCompressor().stream_writer(raw, closefd=False) as sink:
-            yield sink
-    else:
-        yield raw
-
-
-def _parquet_rows(path: str) -> Iterator[Record]:
-    require("pyarrow", "parquet")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-        for batch in table.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-    except pa.ArrowInvalid as exc:
-        raise ToolError(f"{path}: not Parquet: {exc}") from exc
-
-
-def _write_parquet(buffer: io.BytesIO, path: Path) -> None:
-    require("pyarrow", "parquet")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [json.loads(line) for line in buffer.getvalue().splitlines()]
-    pq.write_table(pa.Table.from_pylist(rows), path)
