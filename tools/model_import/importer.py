@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tuneutils.shared.command import Run, Summary
 from tuneutils.shared.errors import ExitCode, ToolError, require
 from tuneutils.shared.sources import UNKNOWN, Resolved, resolve
 from tuneutils.tools.model_import.cli import Params
+from tuneutils.tools.model_import.gguf_tokenizer import restore_pre_tokenizer
 from tuneutils.tools.model_import.special_tokens import ensure_pad_token
 
 TINY = "builtin:tiny-llama"
@@ -23,6 +26,9 @@ SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]?i?B", flags=re.IGNORECASE)
 #: Keys that say where a file happened to be loaded from, not what it is.
 TOKENIZER_NOISE = ("is_local", "local_files_only", "name_or_path", "tokenizer_file")
 CONFIG_NOISE = ("_name_or_path", "_model_name_or_path", "name_or_path")
+GENERATION_NOISE = ("_from_model_config", "output_attentions", "output_hidden_states")
+#: Transformers' value for "no limit known".
+NO_LIMIT = 1e29
 
 
 @dataclass
@@ -33,6 +39,7 @@ class Loaded:
     tokenizer: Any
     given: Input
     revision: str | None = None
+    warning: str | None = None
 
 
 def import_model(run: Run[Params]) -> Summary:
@@ -50,6 +57,8 @@ def import_model(run: Run[Params]) -> Summary:
             run.log.warning("%s declares no licence; name it with --licence", source)
         _quieten(run)
         loaded = _load(resolved, given, params, run.seed)
+        if loaded.warning:
+            run.log.warning("%s: %s", source, loaded.warning)
         changes = ensure_pad_token(loaded.model, loaded.tokenizer)
         for change in changes:
             run.log.info("%s", change)
@@ -94,8 +103,8 @@ def _load(resolved: Resolved | None, given: Input, params: Params, seed: int) ->
         loaded = Loaded(model, tokenizer, given)
     else:
         path = resolved.path
-        model, tokenizer = _load_gguf(path) if path.is_file() else _load_folder(path)
-        loaded = Loaded(model, tokenizer, given, resolved.revision)
+        model, tokenizer, warning = _load_gguf(path) if path.is_file() else _load_folder(path)
+        loaded = Loaded(model, tokenizer, given, resolved.revision, warning)
     if params.dtype_stored != "source":
         import torch
 
@@ -104,7 +113,7 @@ def _load(resolved: Resolved | None, given: Input, params: Params, seed: int) ->
     return loaded
 
 
-def _load_gguf(path: Path) -> tuple[Any, Any]:
+def _load_gguf(path: Path) -> tuple[Any, Any, str | None]:
     """Weights dequantised to float32; config, tokenizer and chat template from the GGUF metadata."""
     if not _is_gguf(path):
         raise ToolError(f"{path}: not a GGUF file; a model is a folder with safetensors, or one GGUF file")
@@ -127,7 +136,7 @@ def _load_gguf(path: Path) -> tuple[Any, Any]:
     except (ValueError, KeyError, NotImplementedError, OSError) as exc:
         raise ToolError(f"{path}: this GGUF cannot be read: {_first_line(exc)}") from exc
     _require_complete(path, report)
-    return model, tokenizer
+    return model, tokenizer, restore_pre_tokenizer(tokenizer, path)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -135,7 +144,7 @@ def _is_gguf(path: Path) -> bool:
         return stream.read(4) == b"GGUF"
 
 
-def _load_folder(path: Path) -> tuple[Any, Any]:
+def _load_folder(path: Path) -> tuple[Any, Any, str | None]:
     """A Transformers folder with safetensors, in the precision that it is stored in."""
     if not (path / "config.json").is_file():
         raise ToolError(f"{path}: no config.json, so no model folder", code=ExitCode.MISSING_INPUT)
@@ -160,7 +169,7 @@ def _load_folder(path: Path) -> tuple[Any, Any]:
     except (ValueError, KeyError, OSError, SafetensorError) as exc:
         raise ToolError(f"{path}: this model cannot be read: {_first_line(exc)}") from exc
     _require_complete(path, report)
-    return model, tokenizer
+    return model, tokenizer, None
 
 
 def _model_class(config: Any) -> Any:
@@ -191,13 +200,14 @@ def _require_complete(path: Path, report: dict[str, Any]) -> None:
 
 def _save(loaded: Loaded, folder: Path, max_shard_size: str) -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
-    for name in CONFIG_NOISE:
-        model.config.__dict__.pop(name, None)
-    model.config.name_or_path = ""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and tokenizer.model_max_length > NO_LIMIT:
+        tokenizer.model_max_length = context
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     _strip(folder / "tokenizer_config.json", TOKENIZER_NOISE)
     _strip(folder / "config.json", CONFIG_NOISE)
+    _strip(folder / "generation_config.json", GENERATION_NOISE)
     for path in folder.iterdir():
         path.chmod(0o644)
 
@@ -251,7 +261,9 @@ def _first_line(exc: Exception) -> str:
 
 
 def _quieten(run: Run[Params]) -> None:
-    """Transformers' own progress bars and notices only with ``-v``."""
+    """The libraries' own progress bars only on a terminal, their notices only with ``-v``."""
+    if run.quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging as library_logging
 
     if not run.verbose:
