@@ -1,0 +1,1 @@
+"""train: merge an adapter into its base, or several into one, with the error shown."""
