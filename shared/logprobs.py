@@ -175,6 +175,7 @@ def _backward_chunks(
         )
         assert grad is not None
         gradients.add(rows, grad, hidden[rows], weight)
+        del logits, grad  # else they live on beside the next chunk's
     return logprobs, gradients
 
 
@@ -241,6 +242,7 @@ def _forward_chunks(
         logprobs[rows], chunk_entropy, _ = _chunk(
             logits, labels[rows], options.transform, options.with_entropy
         )
+        del logits
         if entropy is not None and chunk_entropy is not None:
             entropy[rows] = chunk_entropy
     return logprobs, entropy
