@@ -1,0 +1,1 @@
+"""evaluate: measure quality, forgetting, speed, memory and size of any models side by side."""

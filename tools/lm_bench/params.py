@@ -1,0 +1,62 @@
+"""The parameters of ``lm-bench``; options, schema and manifest come from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuneutils.shared.command import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """What is measured, and how."""
+
+    records: tuple[str, ...] = option(
+        (), help="Held-out records: perplexity and bits per byte.", metavar="[NAME=]FILE"
+    )
+    general: str | None = option(
+        None, help="General text; bits per byte lost on it against the baseline is forgetting."
+    )
+    task: tuple[str, ...] = option(
+        (), help="Task file in lm-evaluation-harness's YAML format; with --engine harness also a task's name."
+    )
+    engine: str = option(
+        "own", help="What runs the tasks: this tool, or lm-evaluation-harness.", choices=("own", "harness")
+    )
+    baseline: str | None = option(
+        None, help="The model that others are compared with: a label, or one more model or report."
+    )
+    quality: str | None = option(
+        None, help="Metric of the trade-off; by default the first task's.", metavar="TASK:METRIC"
+    )
+    limit: int | None = option(None, help="Only the first records and questions of each set.", min=1)
+    num_fewshot: int | None = option(None, help="Examples before each question; the task's own.", min=0)
+    cluster: str | None = option(
+        None, help="Field whose equal values are resampled together (such as the source document)."
+    )
+    template: str = option(
+        "auto",
+        help="Put string prompts into the chat template: if there is one, always, never.",
+        choices=("auto", "chat", "none"),
+    )
+    max_length: int = option(2048, help="Tokens that a model sees at once; its own limit if lower.", min=2)
+    stride: int | None = option(
+        None, help="New tokens of each further window of a longer text; max-length if not given.", min=1
+    )
+    batch_tokens: int = option(4096, help="Padded tokens of one forward pass.", min=1)
+    generate: int = option(
+        0, help="Prompts of the records to answer greedily: stop rate, length, repetition.", min=0
+    )
+    max_new_tokens: int = option(64, help="Longest answer to those prompts.", min=1)
+    answer_pattern: str | None = option(
+        None, help="Regular expression whose first match in an answer is compared with the completion's."
+    )
+    trust_remote_code: bool = option(False, help="Run code that a model's folder brings along.")
+    speed: bool = option(False, help="Also measure speed and memory, each model alone.", role="runtime")
+    speed_prompt: tuple[int, ...] = option(
+        (256,), help="Prompt lengths, in tokens, to measure speed at.", role="runtime"
+    )
+    speed_batch: tuple[int, ...] = option((1,), help="Batch sizes to measure speed at.", role="runtime")
+    speed_tokens: int = option(32, help="Tokens to decode when measuring speed.", min=2, role="runtime")
+    repeats: int = option(5, help="Repeats of a speed measurement; the median counts.", min=1, role="runtime")
+    csv: str | None = option(None, help="Also write the table here, or to stdout (-).", role="runtime")
