@@ -161,7 +161,7 @@ class ToolGroup(click.Group):
     """A tool with subcommands (``pref-collect serve``); with ``default`` set, that one may go unnamed."""
 
     tool_name: str = ""
-    group: str = ""  # type: ignore[assignment] - Click's decorator, which no tool uses
+    group: str = ""  # type: ignore[assignment]  # hides a decorator of Click's that no tool uses
     default: str | None = None
 
     def main(  # type: ignore[override]

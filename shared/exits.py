@@ -18,7 +18,7 @@ def run_command(command: click.Command, args: Sequence[str] | None, prog_name: s
     Click's own ``main`` would turn a broken pipe into exit 1 and a truncated read into an interrupt.
     """
     argv = sys.argv[1:] if args is None else list(args)
-    variable = "_" + prog_name.replace("-", "_").replace(" ", "_").upper() + "_COMPLETE"
+    variable = completion_variable(prog_name)
     if variable in os.environ:
         command.main(argv, prog_name, complete_var=variable, standalone_mode=False, **extra)
 
@@ -27,6 +27,11 @@ def run_command(command: click.Command, args: Sequence[str] | None, prog_name: s
             return command.invoke(context)
 
     return guarded(prog_name, call, verbose=bool({"-v", "--verbose"} & set(argv)))
+
+
+def completion_variable(prog_name: str) -> str:
+    """The environment variable by which a shell asks a command for completions."""
+    return "_" + prog_name.replace("-", "_").replace(" ", "_").upper() + "_COMPLETE"
 
 
 def guarded(name: str, call: Callable[[], Any], *, verbose: bool = False) -> int:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from tuneutils.shared.errors import ExitCode, ToolError, require
 
@@ -93,12 +93,12 @@ def compressor(name: str, raw: IO[bytes]) -> Iterator[IO[bytes]]:
         import gzip
 
         with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as sink:
-            yield sink
+            yield cast("IO[bytes]", sink)
     elif name.endswith(".zst"):
         import zstandard
 
         with zstandard.ZstdCompressor(write_checksum=True).stream_writer(raw, closefd=False) as sink:
-            yield sink
+            yield cast("IO[bytes]", sink)
     else:
         yield raw
 
