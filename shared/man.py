@@ -26,7 +26,7 @@ def manual_page(command: click.Command, name: str, purpose: str) -> str:
     """The page of section 1 for a command and its subcommands."""
     heading = f'.TH "{name.upper()}" "1" "" "tuneutils {version()}" "tuneutils"'
     lines = [heading, ".SH NAME", rf"{_escape(name)} \- {_escape(purpose)}"]
-    with click.Context(command, info_name=name) as context:
+    with command.make_context(name, [], resilient_parsing=True) as context:
         lines += _body(context)
     lines += [".SH EXIT STATUS"]
     for code, meaning in EXIT_STATUS.items():
@@ -48,7 +48,7 @@ def _body(context: click.Context) -> list[str]:
             below = command.get_command(context, name)
             assert below is not None
             lines.append(f'.SH "{name.upper()}"')
-            lines += _body(click.Context(below, info_name=name, parent=context))
+            lines += _body(below.make_context(name, [], parent=context, resilient_parsing=True))
     return lines
 
 
