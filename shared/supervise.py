@@ -40,10 +40,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of an example's text and whether it is learnt."""
+    """A piece of an example's text, whether it is learnt, and whether the tokenizer's BOS goes before it."""
 
     text: str
     learnt: bool
+    bos: bool = False
 
 
 def encode(
@@ -74,7 +75,7 @@ def encode(
     else:
         raise ValueError(f"cannot learn from a {kind or 'nameless'} record")
     if learn == "all":
-        encoded = replace(encoded, labels=list(encoded.input_ids))
+        encoded = replace(encoded, labels=_until_eos(encoded.input_ids, tokenizer.eos_token_id))
     if max_length is not None and len(encoded) > max_length:
         encoded = Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
     return encoded
@@ -86,7 +87,9 @@ def segments(
     """The record's text in pieces: prompts and completions as the model sees them."""
     messages = as_messages(record, has_template=bool(tokenizer.chat_template), template=template)
     if messages is None:
-        return [Segment(record["prompt"], False), Segment(record["completion"] + _eos(tokenizer), True)]
+        completion, eos = record["completion"], str(tokenizer.eos_token)
+        closed = completion if completion.endswith(eos) else completion + eos
+        return [Segment(record["prompt"], False, bos=True), Segment(closed, True)]
     if not tokenizer.chat_template:
         raise ValueError("is a conversation, and the tokenizer has no chat template")
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -133,17 +136,13 @@ def prompt_ids(record: Record, tokenizer: PreTrainedTokenizerBase, *, template: 
     return _encode_segments(pieces, tokenizer).input_ids
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **kwargs: bool) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **kwargs: Any) -> str:
     import jinja2
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
     except jinja2.TemplateError as exc:
         raise ValueError(f"the chat template refuses it: {exc}") from exc
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.eos_token)
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -156,19 +155,28 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
 def _encode_segments(pieces: Sequence[Segment], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     ids: list[int] = []
     labels: list[int] = []
-    for i, piece in enumerate(pieces):
-        # The template writes its own special tokens; a plain first segment gets the tokenizer's BOS.
-        plain = i == 0 and not (tokenizer.bos_token and piece.text.startswith(str(tokenizer.bos_token)))
-        new = list(tokenizer(piece.text, add_special_tokens=plain).input_ids)
-        if plain and new and new[-1] == tokenizer.eos_token_id and not piece.text.endswith(_eos(tokenizer)):
-            new.pop()
+    for piece in pieces:
+        new = list(tokenizer(piece.text, add_special_tokens=False).input_ids)
+        if piece.bos and not piece.text.startswith(str(tokenizer.bos_token)):
+            new = _leading_special_ids(tokenizer) + new
         ids += new
         labels += _until_eos(new, tokenizer.eos_token_id) if piece.learnt else [IGNORE] * len(new)
     return Encoded(ids, labels)
 
 
+def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text, such as BOS; a chat template writes its own instead."""
+    probe = "a"
+    with_special = list(tokenizer(probe).input_ids)
+    plain = list(tokenizer(probe, add_special_tokens=False).input_ids)
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    raise ToolError("the tokenizer changes a text when it adds its special tokens")
+
+
 def _until_eos(ids: list[int], eos: int | None) -> list[int]:
-    """Labels of a completion: everything through its last EOS; what a template adds after it is not learnt."""
+    """Labels of a completion: all through its last EOS; what a template adds after it is not learnt."""
     if eos not in ids:
         return list(ids)
     end = len(ids) - ids[::-1].index(eos)
@@ -176,10 +184,14 @@ def _until_eos(ids: list[int], eos: int | None) -> list[int]:
 
 
 def windows(encoded: Encoded, max_length: int) -> list[Encoded]:
-    """A long text in consecutive pieces of at most ``max_length`` tokens; every token is in just one."""
-    starts = range(0, len(encoded), max_length)
-    cut = [Encoded(encoded.input_ids[s : s + max_length], encoded.labels[s : s + max_length]) for s in starts]
-    return [piece for piece in cut if piece.learnt]
+    """A long text in pieces of at most ``max_length`` tokens, in each of which all but the first are learnt.
+
+    A piece starts with the last token of the one before, so every token but the text's first is learnt once.
+    """
+    starts = range(0, len(encoded) - 1, max_length - 1)
+    return [
+        Encoded(encoded.input_ids[s : s + max_length], encoded.labels[s : s + max_length]) for s in starts
+    ]
 
 
 def teaches_eos(encoded: Encoded, eos: int) -> bool:
@@ -200,8 +212,9 @@ def check_eos(examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, t
     without = sum(not teaches_eos(e, eos) for e in examples)
     if without > truncated:
         raise ToolError(
-            f"{without - truncated} of {len(examples)} examples do not end in EOS ({tokenizer.eos_token!r}), so the "
-            "model would not learn to stop; the chat template must close an answer with it (see --show-labels 1)"
+            f"{without - truncated} of {len(examples)} examples do not end in EOS ({tokenizer.eos_token!r}), "
+            "so the model would not learn to stop; the chat template must close an answer with it "
+            "(see --show-labels 1)"
         )
 
 
@@ -209,7 +222,7 @@ def show_labels(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, *, color: 
     """The example's tokens, those learnt in green (or in [brackets] without colour), the others dim."""
     out = []
     for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
-        text = tokenizer.decode([token])
+        text = str(tokenizer.decode([token]))
         if not color:
             out.append(f"[{text}]" if label != IGNORE else text)
         else:
