@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,6 +235,8 @@ def work_dir(output: str | os.PathLike[str]) -> Path:
 class Artifact:
     """An output being written. As a context manager it finishes on success and vanishes on failure.
 
+    Under a launcher of several processes only the first writes; what the others make is thrown away.
+
     Attributes:
         dir: the temporary folder to write into; it becomes ``final`` by one rename.
         metrics: numbers for the manifest; deterministic ones only.
@@ -246,6 +249,7 @@ class Artifact:
     run: Run[Any]
     inputs: list[Input]
     dir: Path
+    writes: bool = True
     metrics: dict[str, Any] = field(default_factory=dict)
     licence: str | None = None
     source: str | None = None
@@ -263,9 +267,12 @@ class Artifact:
         final = Path(run.output)
         if final.name in ("", ".."):
             final = final.resolve()
-        _restore(final)
+        if not int(os.environ.get("RANK", "0")):
+            _restore(final)
         if final.exists() or final.is_symlink():
             _check_existing(final, run, kind, inputs)
+        if int(os.environ.get("RANK", "0")):
+            return cls(kind, final, run, list(inputs), Path(tempfile.mkdtemp(prefix="tuneutils-")), False)
         make_parent(final)
         sweep(final)
         temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
@@ -328,7 +335,7 @@ class Artifact:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and self.writes:
                 self.commit()
         finally:
             shutil.rmtree(self.dir, ignore_errors=True)
