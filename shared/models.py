@@ -334,6 +334,26 @@ def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return next((t for t in preferred if "pad" in t.lower() or "empty" in t.lower()), preferred[-1])
 
 
+def context_length(ref: ModelRef, *, trust_remote_code: bool = False) -> int | None:
+    """The longest sequence, in tokens, that a model's positions were made for; None where it has no limit."""
+    from transformers import AutoConfig
+
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    root = ref.root
+    source = root.path
+    if root.kind == "gguf":
+        require("gguf", "gguf")
+        kwargs["gguf_file"] = Path(root.path).name
+        source = str(Path(root.path).parent)
+    elif root.kind == "hub":
+        kwargs["revision"] = root.revision
+    try:
+        config = AutoConfig.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, KeyError) as exc:
+        raise ToolError(f"{ref.given}: cannot load: {' '.join(str(exc).split())[:300]}") from exc
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def parameter_counts(model: Any) -> dict[str, int]:
     """``{"total": …, "trainable": …}`` parameters; 4-bit weights count as what they stand for."""
     total = trainable = 0
