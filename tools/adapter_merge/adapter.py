@@ -95,7 +95,12 @@ class Adapter:
     def part(self, module: str, name: str) -> torch.Tensor | None:
         """A tensor of a module in float32, or None."""
         key = self.modules[module].get(name)
-        return None if key is None else self.file.read(key).float()
+        if key is None:
+            return None
+        tensor = self.file.read(key).float()
+        if not bool(tensor.isfinite().all()):
+            raise ToolError(f"{self.path}: {key}: holds values that are not finite; train it again")
+        return tensor
 
     def scaling(self, module: str, rank: int) -> float:
         """α/r, or α/√r for rsLoRA (Kalajdzievski 2023, equation 5), with PEFT's alpha patterns."""

@@ -51,7 +51,7 @@ class Params:
         0.01, help="Largest mean KL divergence (nats a token) between before and after.", min=0.0
     )
     max_kl_share: float = option(
-        0.5, help="Largest share of the adapter's own effect (in mean KL) that merging may change.", min=0.0
+        0.1, help="Largest share of the adapter's own effect (in mean KL) that merging may change.", min=0.0
     )
 
 

@@ -23,7 +23,8 @@ PROMPTS = (
 )
 MAX_RECORDS = 32
 MAX_TOKENS = 128
-NUMERICAL_KL = 1e-6
+#: What the order of sums alone can make of the mean KL, by the precision of the computation.
+NUMERICAL_KL = {torch.float32: 1e-8, torch.bfloat16: 1e-3, torch.float16: 1e-5}
 
 Logits = list[torch.Tensor]
 
@@ -74,14 +75,15 @@ def compare(before: Logits, after: Logits) -> dict[str, float]:
     for x, y in zip(before, after, strict=True):
         width = min(x.shape[1], y.shape[1])
         x, y = x[:, :width], y[:, :width]
-        largest = max(largest, float((x - y).abs().max()))
+        largest = max(float((x - y).abs().max()), largest)
         p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
         agree += int((x.argmax(-1) == y.argmax(-1)).sum())
         count += x.shape[0]
+    mean = kl / count
     return {
         "max_abs_logit_difference": round(largest, 5),
-        "mean_kl": round(max(0.0, kl / count), 8),
+        "mean_kl": 0.0 if mean < 0 else round(mean, 10),
         "top1_agreement": agree / count,
         "n_tokens": count,
         "n_texts": len(before),
@@ -98,8 +100,12 @@ def measured(load: Callable[[], Any], use: Callable[[Any], Any]) -> Any:
         gc.collect()
 
 
-def gate(found: dict[str, float], max_kl: float, max_share: float) -> None:
+def gate(found: dict[str, Any], max_kl: float, max_share: float, dtype: torch.dtype = torch.float32) -> None:
     """Refuse a merge whose logits moved.
+
+    Args:
+        found: from ``compare``, with ``effect_kl``: the same between the adapted model and its base.
+        dtype: in which the logits were computed.
 
     Raises:
         GateFailed: mean KL above ``max_kl``, or above ``max_share`` of what the adapter itself does to the
@@ -111,7 +117,7 @@ def gate(found: dict[str, float], max_kl: float, max_share: float) -> None:
             f"the merged model is not the adapted one: mean KL {kl:.3g} nats a token is above --max-kl "
             f"{max_kl:g} (top-1 agreement {found['top1_agreement']:.3f}); nothing was written"
         )
-    if not kl <= max_share * effect + NUMERICAL_KL:
+    if not kl <= max_share * effect + NUMERICAL_KL[dtype]:
         raise GateFailed(
             f"the merge lost the adapter: mean KL {kl:.3g} is above {max_share:g} of the adapter's own "
             f"effect {effect:.3g}; store in float32 (--dtype-stored float32) or raise --max-kl-share; "

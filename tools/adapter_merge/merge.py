@@ -132,7 +132,7 @@ def _merge_one(run: Run[Params], art: Artifact, adapter: Adapter, base: Base) ->
     metrics: dict[str, Any] = {"in_memory": reason is not None, **counts}
     if run.params.check:
         found = _check(run, base, [adapter], [1.0], _load_model(run, str(art.dir)))
-        compare.gate(found, run.params.max_kl, run.params.max_kl_share)
+        compare.gate(found, run.params.max_kl, run.params.max_kl_share, _compute(run)[1])
         metrics["logits"] = found
     return metrics
 
@@ -169,7 +169,7 @@ def _merge_several(
     if params.check:
         found = _check(run, base, adapters, weights, load)
         if params.method in ("cat", "linear"):
-            compare.gate(found, params.max_kl, params.max_kl_share)
+            compare.gate(found, params.max_kl, params.max_kl_share, _compute(run)[1])
         metrics["logits"] = found
     return metrics
 
@@ -252,20 +252,19 @@ def _load_adapted(
     weights: Sequence[float],
     scheme: str | None = None,
 ) -> Callable[[], Any]:
-    """The base with adapters on it through PEFT, each scaled by its weight, all active at once."""
     where, dtype = _compute(run)
+    return lambda: _adapted(models.load_base(base.ref, where, dtype, scheme), folders, weights)
 
-    def load() -> Any:
-        plain = models.load_base(base.ref, where, dtype, scheme)
-        names = [f"merge{i}" for i in range(len(folders))]
-        model = models.load_adapter(plain, folders[0], names[0])
-        for name, folder in zip(names[1:], folders[1:]):
-            model.load_adapter(folder, adapter_name=name)
-        if len(names) > 1 or weights[0] != 1:
-            _scale(model, dict(zip(names, weights)))
-        return model.eval()
 
-    return load
+def _adapted(plain: Any, folders: Sequence[str], weights: Sequence[float]) -> Any:
+    """The base with adapters on it through PEFT, each scaled by its weight, all active at once."""
+    names = [f"merge{i}" for i in range(len(folders))]
+    model = models.load_adapter(plain, folders[0], names[0])
+    for name, folder in zip(names[1:], folders[1:]):
+        model.load_adapter(folder, adapter_name=name)
+    if len(names) > 1 or weights[0] != 1:
+        _scale(model, dict(zip(names, weights)))
+    return model.eval()
 
 
 def _scale(model: Any, weights: dict[str, float]) -> None:
@@ -297,13 +296,12 @@ def _check(
     folders = [str(a.path) for a in adapters]
     logits = partial(compare.logits_of, batches=batches)
 
-    def before_and_base(model: Any) -> tuple[compare.Logits, compare.Logits]:
-        adapted = logits(model)
-        with model.disable_adapter():
-            return adapted, logits(model)
+    def base_and_before(model: Any) -> tuple[compare.Logits, compare.Logits]:
+        return logits(model), logits(_adapted(model, folders, weights))
 
-    load_before = _load_adapted(run, base, folders, weights)
-    before, plain = compare.measured(load_before, before_and_base)
+    where, dtype = _compute(run)
+    load_plain = partial(models.load_base, base.ref, where, dtype)
+    plain, before = compare.measured(load_plain, base_and_before)
     after = compare.measured(load_after, logits)
     found: dict[str, Any] = compare.compare(before, after)
     found["effect_kl"] = compare.compare(before, plain)["mean_kl"]

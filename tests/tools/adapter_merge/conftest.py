@@ -11,7 +11,13 @@ import torch
 from support import build_tiny_model, tiny_tokenizer
 
 
-def randomise(model: Any, seed: int, std: float) -> None:
+@pytest.fixture
+def randomise() -> Callable[..., None]:
+    """``randomise(model, seed, std)``: add noise to whatever is trained."""
+    return add_noise
+
+
+def add_noise(model: Any, seed: int, std: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -58,7 +64,7 @@ def adapt(workdir: Path) -> Callable[..., str]:
     def make(base: Path, config: Any, name: str = "adapter", seed: int = 0, std: float = 0.1) -> str:
         torch.manual_seed(seed)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-        randomise(model, seed, std)
+        add_noise(model, seed, std)
         model.save_pretrained(name)
         return name
 

@@ -123,9 +123,8 @@ def test_an_initialisation_that_changed_the_base(method, bases, adapt, click_cli
     torch.testing.assert_close(logits(model), peft_logits(bases["llama"], adapter), atol=1e-5, rtol=0)
 
 
-def test_pissa_saved_as_plain_lora(bases, workdir, click_cli) -> None:
+def test_pissa_saved_as_plain_lora(bases, workdir, click_cli, randomise) -> None:
     """The way lora-tune saves it: the trained model's own logits are the reference."""
-    from conftest import randomise
     from peft import get_peft_model
 
     model = get_peft_model(
