@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tuneutils.shared.errors import ExitCode, ToolError, nearest
-from tuneutils.shared.files import atomic_file
+from tuneutils.shared.files import atomic_file, make_parent
 from tuneutils.shared.streams import Record, compressor, plain_row, raw_lines, require_readable, write_parquet
 
 STREAM_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")
@@ -172,6 +172,7 @@ class Reader:
         self.on_error = on_error
         self.stats = Stats()
         self._quarantine = Path(quarantine) if quarantine else None
+        self._quarantine_started = False
         self._allow_empty = allow_empty
         self._validate = validate
         if on_error == "quarantine" and quarantine is None:
@@ -186,9 +187,8 @@ class Reader:
     def located(self) -> Iterator[Located]:
         """The records with their places. Each call starts anew: counts, quarantine and all."""
         self.stats = Stats()
-        if self.on_error == "quarantine" and self._quarantine is not None:
-            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
-            self._quarantine.write_bytes(b"")
+        if self.on_error == "quarantine":
+            self._start_quarantine()
         for path in self.paths:
             for line, raw in raw_lines(path):
                 located = self._parse(path, line, raw)
@@ -221,7 +221,16 @@ class Reader:
         if self.on_error == "quarantine":
             self._keep(located, reason, located.record if raw is None else raw)
 
+    def _start_quarantine(self) -> None:
+        """An empty file, even where nothing gets refused: a pipeline may name it as an output."""
+        assert self._quarantine is not None
+        make_parent(self._quarantine)
+        self._quarantine.write_bytes(b"")
+        self._quarantine_started = True
+
     def _keep(self, located: Located, reason: str, raw: bytes | Record) -> None:
+        if not self._quarantine_started:
+            self._start_quarantine()
         assert self._quarantine is not None
         kept: Record = {"path": _shown(located.path), "line": located.line, "reason": reason}
         with open(self._quarantine, "ab") as sink:

@@ -24,6 +24,7 @@ from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.records import (
     FORMATS,
     BadRecord,
+    Located,
     Reader,
     check,
     format_of,
@@ -353,6 +354,14 @@ class TestQuarantine:
         stream(tmp_path, b"old\n", "q.jsonl")
         list(Reader([stream(tmp_path, GOOD)], on_error="quarantine", quarantine=tmp_path / "q.jsonl"))
         assert (tmp_path / "q.jsonl").read_bytes() == b""
+
+    def test_a_reader_that_only_refuses_starts_a_new_file(self, tmp_path: Path) -> None:
+        """Readers of other formats judge rows that came by another way than ``located``."""
+        stream(tmp_path, b"old\n", "q.jsonl")
+        reader = Reader(["-"], on_error="quarantine", quarantine=tmp_path / "q.jsonl")
+        for i in (1, 2):
+            reader.refuse(Located({"n": i}, "x.csv", i), "no text")
+        assert [e["record"] for e in read(tmp_path / "q.jsonl")] == [{"n": 1}, {"n": 2}]
 
     def test_needs_a_place(self, tmp_path: Path) -> None:
         with pytest.raises(ToolError, match="needs -o FILE") as caught:
