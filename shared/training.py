@@ -131,11 +131,13 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self._lengths = [len(e) for e in examples]
         self._heldout = sorted(heldout, key=len)
         self._lr_ratio = lr_ratio
-        empty = Encoded([tokenizer.eos_token_id], [IGNORE])
+        self._empty = Encoded([tokenizer.eos_token_id], [IGNORE])
         rows = {"input_ids": [], "labels": []}  # type: dict[str, list[list[int]]]
-        for example in [*examples, empty]:
+        for example in [*examples, self._empty]:
             rows["input_ids"].append(example.input_ids)
             rows["labels"].append(example.labels)
+        # TRL rounds a 4-bit model's adapter to bfloat16, in which small updates vanish.
+        precise = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
             args=args,
@@ -145,6 +147,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             data_collator=Collator(tokenizer.pad_token_id),
             callbacks=list(callbacks),
         )
+        for name, parameter in model.named_parameters():
+            if name in precise:
+                parameter.data = precise[name].to(parameter.device)
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
 
@@ -188,6 +193,13 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             )
         return super().create_optimizer(model)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last checkpoint a run has nothing left to do; the trainer would do one step more.
+        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # ---- held-out loss
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -195,18 +207,20 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         was_training = self.model.training
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        size = self.args.per_device_eval_batch_size
+        size, world = self.args.per_device_eval_batch_size, self.args.world_size
         batches = [self._heldout[i : i + size] for i in range(0, len(self._heldout), size)]
+        # Sharded weights are gathered by all processes at once: each needs as many batches.
+        batches += [[self._empty]] * (-len(batches) % world)
         wrapped = self.model_wrapped if self.is_fsdp_enabled else self.model
-        for batch in batches[self.args.process_index :: self.args.world_size]:
+        for batch in batches[self.args.process_index :: world]:
             inputs = self._prepare_inputs(self.data_collator([vars(e) for e in batch]))
             with torch.no_grad(), self.compute_loss_context_manager():
                 nll = causal_nll(
                     wrapped, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], reduction="sum"
                 )
             sums += torch.tensor([nll.item(), (inputs["labels"] != IGNORE).sum().item()], dtype=torch.float64)
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device).float()).double().cpu()
+        if world > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device)).cpu()
         self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item()}
         self.log(dict(metrics))
@@ -280,13 +294,14 @@ class StopOnNaN(TrainerCallback):  # type: ignore[misc]
 
     def on_log(
         self,
-        _args: TrainingArguments,
+        args: TrainingArguments,
         state: TrainerState,
         _control: TrainerControl,
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        for key in ("loss", "eval_loss", "grad_norm"):
+        # In float16 the loss scaler meets infinite gradients, and skips the step, on its way to a scale.
+        for key in ("loss", "eval_loss") if args.fp16 else ("loss", "eval_loss", "grad_norm"):
             if logs and not math.isfinite(logs.get(key, 0.0)):
                 raise ToolError(
                     f"step {state.global_step}: {key} is {logs[key]}; try a lower --learning-rate "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Source:
-    """The records of a run, read and validated but not yet encoded."""
+    """Record streams of a run, hashed but not yet read: a run that is up to date need not read them."""
 
     reader: Reader
-    located: list[Located]
     inputs: list[Input]
+    located: Iterable[Located]
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Examples:
     truncated: int = 0
     dropped: int = 0
     split: int = 0
+    without_end: int = 0
 
     @property
     def tokens(self) -> int:
@@ -47,88 +48,104 @@ class Examples:
         return sum(e.learnt for e in self.encoded)
 
 
-def read_source(run: Run[Params], paths: Sequence[str], role: str) -> Source:
-    """Read and validate record streams; stdin is hashed by its content."""
-    if "-" in paths and _world_size() > 1:
+def open_source(run: Run[Params], paths: Sequence[str], role: str) -> Source:
+    """Hash record streams; stdin, which can be read only once, is read here and hashed by its records."""
+    if "-" in paths and world_size() > 1:
         raise ToolError(
             "several processes cannot share stdin; give the records as a file", code=ExitCode.USAGE
         )
     quarantine = None
     if run.on_error == "quarantine" and run.output is not None:
-        quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl"
+        # Every process reads all records; only the first keeps the refused ones.
+        quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl" if is_main() else os.devnull
     inputs = [describe_input(role, path) for path in paths if path != "-"]
     reader = Reader(paths, formats=LEARNABLE, on_error=run.on_error, quarantine=quarantine)
+    if "-" not in paths:
+        return Source(reader, inputs, reader.located())
     located = list(reader.located())
-    if "-" in paths:
-        digest = hashlib.sha256()
-        for item in located:
-            if item.path in ("-", "<stdin>"):
-                digest.update(dump_line(item.record))
-        inputs.append(Input(role, "-", digest.hexdigest()))
-    return Source(reader, located, inputs)
+    digest = hashlib.sha256()
+    for item in located:
+        if item.path in ("-", "<stdin>"):
+            digest.update(dump_line(item.record))
+    inputs.append(Input(role, "-", digest.hexdigest()))
+    return Source(reader, inputs, located)
 
 
-def encode_all(run: Run[Params], source: Source, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def encode_all(
+    run: Run[Params], source: Source, tokenizer: PreTrainedTokenizerBase, context: int | None = None
+) -> Examples:
     """Encode every record; one that is too long is treated as ``--too-long`` says.
+
+    Args:
+        context: the longest sequence that the model was made for, in tokens.
 
     Raises:
         ToolError: exit 65 with file, line and reason, unless ``--on-error`` says otherwise.
     """
     params = run.params
+    limit = min(params.max_length, context or params.max_length)
     made = Examples([])
     for item in source.located:
         try:
             encoded = encode(item.record, tokenizer, learn=params.learn, template=params.template)
             if not encoded.learnt:
                 raise ValueError("nothing in it is learnt")
-            _add(made, item, encoded, params)
+            _add(made, item, encoded, params, limit)
         except ValueError as exc:
             source.reader.refuse(item, str(exc))
     if not made.encoded:
         raise ToolError(f"no example left to learn from ({source.reader.stats.refused} refused)")
     for count, what in (
         (source.reader.stats.refused, "bad records left out"),
-        (made.truncated, f"examples cut to {params.max_length} tokens"),
-        (made.dropped, f"examples over {params.max_length} tokens dropped"),
-        (made.split, f"texts over {params.max_length} tokens split"),
+        (made.truncated, f"examples cut to {limit} tokens"),
+        (made.dropped, f"examples over {limit} tokens dropped"),
+        (made.split, f"texts over {limit} tokens split"),
     ):
         if count:
             run.log.warning("%d %s", count, what)
     return made
 
 
-def _add(made: Examples, item: Located, encoded: Encoded, params: Params) -> None:
-    if len(encoded) <= params.max_length:
+def _add(made: Examples, item: Located, encoded: Encoded, params: Params, limit: int) -> None:
+    if len(encoded) <= limit:
         made.encoded.append(encoded)
     elif format_of(item.record) == "text":
-        made.encoded += windows(encoded, params.max_length)
+        pieces = windows(encoded, limit)
+        made.encoded += pieces
         made.split += 1
-    elif params.too_long == "drop":
-        made.dropped += 1
-    elif params.too_long == "truncate":
-        cut = Encoded(encoded.input_ids[: params.max_length], encoded.labels[: params.max_length])
-        if cut.learnt:
+        made.without_end += len(pieces) - 1
+    elif params.too_long == "error":
+        what = f"--max-length {limit}" if limit == params.max_length else f"the model's context of {limit}"
+        raise ValueError(
+            f"has {len(encoded)} tokens, more than {what} (--too-long truncate or drop lets it pass)"
+        )
+    else:
+        cut = Encoded(encoded.input_ids[:limit], encoded.labels[:limit])
+        if params.too_long == "truncate" and cut.learnt:
             made.encoded.append(cut)
             made.truncated += 1
+            made.without_end += 1
         else:
             made.dropped += 1
-    else:
-        raise ValueError(
-            f"has {len(encoded)} tokens, more than --max-length {params.max_length} "
-            "(--too-long truncate or drop lets it pass)"
-        )
 
 
 def print_labels(run: Run[Params], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Show the first examples on stdout with what is learnt marked; colours only on a terminal."""
+    """Show the first examples with what is learnt marked; colours only on a terminal."""
     from tuneutils.shared.supervise import show_labels
 
-    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    sink = sys.stderr if run.json else sys.stdout
+    color = sink.isatty() and not os.environ.get("NO_COLOR")
     for encoded in examples.encoded[: run.params.show_labels]:
-        print(show_labels(encoded, tokenizer, color=color))
-        print(f"-- {len(encoded)} tokens, {encoded.learnt} learnt")
+        print(show_labels(encoded, tokenizer, color=color), file=sink)
+        print(f"-- {len(encoded)} tokens, {encoded.learnt} learnt", file=sink)
     return {"examples": len(examples.encoded), "tokens": examples.tokens, "learnt_tokens": examples.learnt}
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """Processes that a launcher started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, s
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.models import (
     ModelRef,
+    context_length,
     keep_4bit_layout,
     load_base,
     load_tokenizer,
@@ -22,7 +22,14 @@ from tuneutils.shared.models import (
     resolve,
 )
 from tuneutils.shared.supervise import Encoded, check_eos
-from tuneutils.tools.lora_tune.examples import Examples, encode_all, print_labels, read_source
+from tuneutils.tools.lora_tune.examples import (
+    Examples,
+    encode_all,
+    is_main,
+    open_source,
+    print_labels,
+    world_size,
+)
 from tuneutils.tools.lora_tune.methods import apply_method, check_method, learning_rate, quantization
 from tuneutils.tools.lora_tune.params import Params
 
@@ -34,6 +41,9 @@ def tune(run: Run[Params]) -> dict[str, Any]:
         ToolError: bad input, with its place; nothing is written then.
     """
     params = run.params
+    if not is_main():
+        run.quiet = True
+        run.log.setLevel("ERROR")
     check_method(params)
     base = resolve(params.model)
     if base.kind == "adapter":
@@ -41,22 +51,30 @@ def tune(run: Run[Params]) -> dict[str, Any]:
             f"{params.model}: is an adapter; merge it into its base first (adapter-merge)",
             code=ExitCode.USAGE,
         )
-    source = read_source(run, run.inputs, "records")
-    heldout = read_source(run, [params.heldout], "heldout") if params.heldout else None
+    source = open_source(run, run.inputs, "records")
+    heldout = open_source(run, [params.heldout], "heldout") if params.heldout else None
     inputs = [model_input(params.model), *source.inputs, *(heldout.inputs if heldout else [])]
     tokenizer = load_tokenizer(base, trust_remote_code=params.trust_remote_code)
+    context = _context(base, params)
     if params.show_labels:
-        return print_labels(run, encode_all(run, source, tokenizer), tokenizer)
+        return print_labels(run, encode_all(run, source, tokenizer, context), tokenizer)
     with run.artifact("model" if params.method == "full" else "adapter", inputs) as art:
         art.licence = inputs[0].licence
-        examples = encode_all(run, source, tokenizer)
-        check_eos(examples.encoded, tokenizer, examples.truncated + examples.split)
-        held = encode_all(run, heldout, tokenizer) if heldout else Examples([])
+        examples = encode_all(run, source, tokenizer, context)
+        check_eos(examples.encoded, tokenizer, examples.without_end)
+        held = encode_all(run, heldout, tokenizer, context) if heldout else Examples([])
         run.log.info(
             "%d examples, %d tokens, %d learnt", len(examples.encoded), examples.tokens, examples.learnt
         )
         _train(run, art, base, tokenizer, examples, held)
     return {"output": run.output, "metrics": art.metrics}
+
+
+def _context(base: ModelRef, params: Params) -> int | None:
+    """Tokens that an example may have: the model's positions less those that virtual tokens take."""
+    positions = context_length(base, trust_remote_code=params.trust_remote_code)
+    taken = params.virtual_tokens if params.method in ("prefix", "p-tuning", "prompt") else 0
+    return None if positions is None else positions - taken
 
 
 def _train(
@@ -89,10 +107,12 @@ def _train(
         lr_ratio=params.loraplus_ratio,
         callbacks=[MarkComplete(), StopOnNaN(), *_callbacks(run, art)],
     )
-    resume = _resume_point(run, checkpoints, art)
+    with trainer.accelerator.main_process_first():
+        resume = _resume_point(run, checkpoints, art)
+    trainer.args.eval_on_start = bool(held.encoded) and resume is None
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if held.encoded and "eval_loss" not in trainer.state.log_history[-1] and not params.patience:
+    if held.encoded and not params.patience and not _evaluated(trainer.state):
         trainer.evaluate()
     _log_event(
         run,
@@ -105,6 +125,11 @@ def _train(
     )
     _save(run, art, trainer, tokenizer)
     _record(art, trainer, counts, examples, held, dtype)
+
+
+def _evaluated(state: Any) -> bool:
+    """Whether the held-out loss of the last step is known."""
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
 def _prepare(
@@ -138,8 +163,7 @@ def _config(run: Run[Params], folder: Path, dtype: Any, examples: int, heldout: 
     from trl import SFTConfig
 
     params = run.params
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    per_epoch = math.ceil(examples / (params.batch_size * params.gradient_accumulation * world))
+    per_epoch = math.ceil(examples / (params.batch_size * params.gradient_accumulation * world_size()))
     steps = params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
     evaluates = heldout and params.eval_every > 0
     if params.patience and not evaluates:
@@ -174,6 +198,7 @@ def _config(run: Run[Params], folder: Path, dtype: Any, examples: int, heldout: 
         load_best_model_at_end=bool(params.patience),
         metric_for_best_model="eval_loss",
         greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -184,7 +209,7 @@ def _config(run: Run[Params], folder: Path, dtype: Any, examples: int, heldout: 
         disable_tqdm=True,
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if use_cpu and world > 1 else None,
+        ddp_backend="gloo" if use_cpu and world_size() > 1 else None,
     )
 
 
@@ -226,9 +251,9 @@ def _resume_point(run: Run[Params], checkpoints: Path, art: Artifact) -> Path | 
     from tuneutils.shared.training import last_checkpoint, run_identity
 
     values = {k: v["value"] for k, v in run.manifest_params().items()}
-    identity = run_identity(values, run.seed, [(i.role, i.sha256) for i in art.inputs], library_versions())
-    if not _is_main():
-        return None if not checkpoints.exists() else last_checkpoint(checkpoints, identity)
+    inputs = [(i.role, i.sha256) for i in art.inputs]
+    where = resolve_device(run.device).type
+    identity = run_identity(values, run.seed, inputs, library_versions(), world_size(), where)
     found = last_checkpoint(checkpoints, identity)
     if found is not None:
         run.log.info("going on from step %s", found.name.split("-")[1])
@@ -247,14 +272,15 @@ def _save(run: Run[Params], art: Artifact, trainer: Any, tokenizer: Any) -> None
     params = run.params
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    if not _is_main():
+    if not is_main():
         return
     model.config.use_cache = True
     if params.method == "full":
         model.save_pretrained(art.dir, state_dict=state)
     else:
         config = model.peft_config["default"]
-        config.base_model_name_or_path = params.model
+        base = resolve(params.model)
+        config.base_model_name_or_path, config.revision = base.path, base.revision
         kwargs: dict[str, Any] = {"state_dict": state} if state is not None else {}
         if params.pissa:
             kwargs["path_initial_model_for_weight_conversion"] = str(art.work / "pissa_initial")
@@ -301,7 +327,8 @@ def _record(
         art.metrics.update(
             heldout_examples=len(held.encoded),
             heldout_tokens=held.learnt,
-            heldout_loss=min(evals) if art.run.params.patience else evals[-1],
+            heldout_loss_before=evals[0],
+            heldout_loss=trainer.state.best_metric if art.run.params.patience else evals[-1],
         )
 
 
@@ -318,12 +345,8 @@ def _peaks(device_type: str) -> dict[str, int]:
 
 def _log_event(run: Run[Params], art: Artifact, **event: Any) -> None:
     """A line of the run log: what depends on clock and machine belongs here, not in the artifact."""
-    if not _is_main():
+    if not is_main():
         return
     art.work.mkdir(parents=True, exist_ok=True)
     with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
         stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
