@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from email.message import Message
 from email.parser import BytesHeaderParser
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tuneutils.shared.sources import OpenArchive
+    from tuneutils.shared.registries import OpenArchive
 
 UNKNOWN = "unknown"
 
@@ -55,7 +53,7 @@ def from_archive(archive: OpenArchive) -> str:
     return _from_licence_file(archive, names)
 
 
-def from_metadata(metadata: Mapping[str, str] | Message | Any) -> str:
+def from_metadata(metadata: Any) -> str:
     """License-Expression, then a short License, then the classifiers of core metadata."""
     expression = metadata.get("License-Expression")
     if expression:

@@ -1,4 +1,4 @@
-"""Wheels and sdists straight from a package index: found, checked and stored, without building or running them.
+"""Wheels and sdists straight from a package index: found, checked and stored, never built or run.
 
 ``pip download`` of an sdist runs its build backend to learn its metadata; here only the index (PEP 503 and
 PEP 691, JSON or HTML) is read. Index, find-links, certificate and credentials are pip's own configuration.
@@ -18,9 +18,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from email.message import Message
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 from tuneutils.shared.errors import ExitCode, ToolError
 
@@ -43,7 +43,7 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def installed_files(name: str, version: str) -> tuple[dict[str, Path], Mapping[str, str] | Message] | None:
+def installed_files(name: str, version: str) -> tuple[dict[str, Path], Any] | None:
     """Files and metadata of the installed package, if it is installed in just this version."""
     from importlib.metadata import PackageNotFoundError, distribution
 
@@ -96,7 +96,7 @@ def _best_wheel(wheels: list[IndexFile]) -> IndexFile | None:
 def _version(filename: str, name: str) -> str | None:
     """The version in a file name, canonical; None for another project's file or another kind."""
     if filename.endswith(".whl"):
-        project, version = (filename.split("-") + [""])[:2]
+        project, version = [*filename.split("-"), ""][:2]
     else:
         suffix = next((s for s in _SDIST if filename.endswith(s)), None)
         if suffix is None:

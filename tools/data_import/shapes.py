@@ -1,4 +1,4 @@
-"""Known row shapes (Alpaca, ShareGPT, OpenAI, preference pairs) mapped to the formats of ``shared.records``."""
+"""Known row shapes (Alpaca, ShareGPT, OpenAI, pairs) mapped to the formats of ``shared.records``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def to_record(row: Record, wanted: str) -> Record:
         if record is not None:
             return record if wanted == "auto" else _convert(record, wanted)
     raise ValueError(
-        f"fields {', '.join(sorted(map(str, row))) or 'none'}: no known shape; name them with --map TARGET=FIELD"
+        f"no known shape: {', '.join(sorted(map(str, row))) or 'no fields'}; use --map TARGET=FIELD"
     )
 
 
@@ -87,7 +87,7 @@ def _standard(row: Record) -> Record | None:
 
 
 def _alpaca(row: Record) -> Record | None:
-    """Stanford Alpaca: the input below the instruction; with ``system`` or ``history``, a conversation."""
+    """Stanford Alpaca: input below instruction; with ``system`` or ``history``, a conversation."""
     if "instruction" not in row or not {"output", "chosen"} & set(row):
         return None
     prompt: Any = _joined(row.get("instruction"), row.get("input"))
@@ -110,7 +110,7 @@ def _alpaca(row: Record) -> Record | None:
 
 
 def _conversation(row: Record) -> Record | None:
-    """ShareGPT: ``conversations`` of from/value; with chosen/rejected a preference, with a label unpaired."""
+    """ShareGPT: ``conversations``; with chosen/rejected a preference, with a label unpaired."""
     if "conversations" not in row:
         return None
     messages = _messages(row["conversations"])
@@ -124,7 +124,7 @@ def _conversation(row: Record) -> Record | None:
 
 
 def _multiple_choice(row: Record) -> Record | None:
-    """``question``, ``options`` in lettered lines, ``answer`` one of these: a preference of right over wrong."""
+    """``question``, ``options`` in lettered lines, ``answer`` one of them: right over wrong."""
     if not {"question", "options", "answer"} <= set(row) or not isinstance(row["options"], str):
         return None
     options = [o.strip() for o in re.split(r"(?m)^(?=[A-Z][.)] )", row["options"]) if o.strip()]

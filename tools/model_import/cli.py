@@ -11,7 +11,7 @@ from tuneutils.shared.command import Run, Summary, option, tool
 class Params:
     dtype_stored: str = option(
         "source",
-        help="Precision of the weights as stored; source keeps what is there (GGUF is dequantised to float32).",
+        help="Precision of the stored weights; source keeps what is there (float32 from GGUF).",
         choices=("source", "float32", "bfloat16", "float16"),
     )
     max_shard_size: str = option("5GB", help="Largest size of one safetensors file.", metavar="SIZE")

@@ -128,11 +128,12 @@ def _load_gguf(path: Path) -> tuple[Any, Any, str | None]:
         model, report = model_class.from_pretrained(
             path.parent,
             **where,
+            config=config,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where, config=config)
     except (ValueError, KeyError, NotImplementedError, OSError) as exc:
         raise ToolError(f"{path}: this GGUF cannot be read: {_first_line(exc)}") from exc
     _require_complete(path, report)

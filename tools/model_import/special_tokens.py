@@ -38,11 +38,9 @@ def ensure_pad_token(model: Any, tokenizer: Any) -> list[str]:
 
 
 def unused_special_token(tokenizer: Any) -> str | None:
-    """An existing special token that is neither bos, eos, unk nor another named one, nor in the chat template."""
+    """An existing special token that has no role and does not stand in the chat template."""
     taken = {str(t) for name, t in tokenizer.special_tokens_map.items() if isinstance(t, str)}
-    template = (
-        tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template)
-    )
+    template = str(tokenizer.chat_template)
     free = [
         token.content
         for _, token in sorted(tokenizer.added_tokens_decoder.items())

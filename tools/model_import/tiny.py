@@ -1,4 +1,4 @@
-"""``builtin:tiny-llama``: a small random Llama with a real byte-level BPE tokenizer, for tests and dry runs."""
+"""``builtin:tiny-llama``: a small random Llama with a real tokenizer, for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,36 @@ CONFIG = {
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 #: What the tokenizer's merges are learnt from.
 TEXT = """
-A language model reads a text from left to right and gives a probability to each token that may come next.
-Training makes the tokens that really came next more probable. The loss is the mean of their negative
-logarithms, and the perplexity is its exponential. When a model that has read a large corpus is trained further
-on a small one, we say that it is fine-tuned. To change all the weights costs memory: the gradients and the two
-moments of the optimizer are each as large as the weights themselves. A low-rank adapter changes a weight matrix
-by the product of two thin matrices, so that only these have gradients. A prefix adds keys and values that every
-layer may attend to. A prompt adds rows before the first token. A bottleneck adapter is a small network between
-two layers with a residual connection around it. Which of them is best depends on the task, on the data and on
-the time that there is, and the only way to know is to measure: the same data, the same number of steps, and for
-each method the learning rate that suits it.
+A language model reads a text from left to right and gives a probability to each token that may come
+next. Training makes the tokens that really came next more probable. The loss is the mean of their
+negative logarithms, and the perplexity is its exponential. When a model that has read a large
+corpus is trained further on a small one, we say that it is fine-tuned. To change all the weights
+costs memory: the gradients and the two moments of the optimizer are each as large as the weights
+themselves. A low-rank adapter changes a weight matrix by the product of two thin matrices, so that
+only these have gradients. A prefix adds keys and values that every layer may attend to. A prompt
+adds rows before the first token. A bottleneck adapter is a small network between two layers with a
+residual connection around it. Which of them is best depends on the task, on the data and on the
+time that there is, and the only way to know is to measure: the same data, the same number of steps,
+and for each method the learning rate that suits it.
 
-What is the capital of France? The capital of France is Paris. What is the largest planet? The largest planet in
-the solar system is Jupiter. Who wrote Hamlet? Hamlet was written by William Shakespeare. How many days are there
-in a week? There are seven days in a week: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday and Sunday.
-Name three colours. Red, green and blue. How do you make tea? Boil some water, pour it over the leaves, and wait
-for about four minutes. Write a short sentence about the sea. The sea was calm and grey, and the boats had not
-yet gone out. Is water heavier than ice? Yes, and that is why ice floats on water.
+What is the capital of France? The capital of France is Paris. What is the largest planet? The
+largest planet in the solar system is Jupiter. Who wrote Hamlet? Hamlet was written by William
+Shakespeare. How many days are there in a week? There are seven days in a week: Monday, Tuesday,
+Wednesday, Thursday, Friday, Saturday and Sunday. Name three colours. Red, green and blue. How do
+you make tea? Boil some water, pour it over the leaves, and wait for about four minutes. Write a
+short sentence about the sea. The sea was calm and grey, and the boats had not yet gone out. Is
+water heavier than ice? Yes, and that is why ice floats on water.
 
-The user asks and the assistant answers. The system may say how the answer should be. If the question is not
-clear, the assistant should ask what was meant, rather than guess. The first line of a file is line one. A record
-is a line, and each record has a prompt and a completion, or a list of messages, or just a text. The numbers from
-one to twelve are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 12.
+The user asks and the assistant answers. The system may say how the answer should be. If the
+question is not clear, the assistant should ask what was meant, rather than guess. The first line of
+a file is line one. A record is a line, and each record has a prompt and a completion, or a list of
+messages, or just a text. The numbers from one to twelve are 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and
+12.
 """
 
 
