@@ -92,7 +92,7 @@ def _npm(source: Source, cache: Path) -> Package:
     if archive is None:
         with _new_entry(entry) as folder:
             _call(
-                ["npm", "pack", "--ignore-scripts", "--silent", f"{source.name}@{source.version}"],
+                ["npm", "pack", "--ignore-scripts", "--loglevel=error", f"{source.name}@{source.version}"],
                 folder,
                 source,
                 absent=("E404", "ETARGET", "No match"),
