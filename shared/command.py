@@ -346,3 +346,16 @@ def _configure_logging(run: Run[Any]) -> None:
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(logging.WARNING if run.quiet else logging.DEBUG if run.verbose else logging.INFO)
+    if not run.verbose:
+        _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Keep what libraries say to their own developers off stderr; ``-v`` shows it."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)

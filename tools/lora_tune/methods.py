@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
 from tuneutils.shared.errors import ExitCode, ToolError, nearest
-from tuneutils.tools.lora_tune.params import METHODS, OTHER_LEARNING_RATE, Params
+from tuneutils.tools.lora_tune.params import METHODS, OTHER_LEARNING_RATE, UNSUPPORTED, Params
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
+
+#: PEFT methods that change other modules than linear layers, and know which.
+NOT_LINEAR = ("adaption-prompt", "beft", "ln-tuning", "trainable-tokens")
 
 
 def check_method(params: Params) -> None:
@@ -24,6 +27,15 @@ def check_method(params: Params) -> None:
         known = [*METHODS, *(name.lower().replace("_", "-") for name in _peft_configs())]
         raise ToolError(
             f"--method {params.method}: unknown{nearest(params.method, known)}", code=ExitCode.USAGE
+        )
+    if params.method in UNSUPPORTED:
+        raise ToolError(
+            f"--method {params.method}: not supported: {UNSUPPORTED[params.method]}", code=ExitCode.USAGE
+        )
+    if params.method == "trainable-tokens" and "token_indices" not in peft_options(params):
+        raise ToolError(
+            "--method trainable-tokens: which tokens? --peft-option 'token_indices=[5, 6]'",
+            code=ExitCode.USAGE,
         )
     lora_only = {"dora": params.dora, "rslora": params.rslora, "pissa": params.pissa}
     lora_only["loraplus-ratio"] = params.loraplus_ratio != 1.0
@@ -61,9 +73,8 @@ def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: Params,
     config = peft_config(params, model.config, init_text)
     try:
         made = get_peft_model(model, config)
-    except (ValueError, TypeError, AttributeError, KeyError) as exc:
-        reason = " ".join(str(exc).split())[:300]
-        raise ToolError(f"--method {params.method}: {reason}", code=ExitCode.USAGE) from exc
+    except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, RuntimeError) as exc:
+        raise _refused(params, exc) from exc
     if params.method == "prefix" and "init_weights" not in peft_options(params):
         _prefix_from_text(made, tokenizer, init_text, params.virtual_tokens)
     return made
@@ -87,7 +98,15 @@ def peft_config(params: Params, model_config: Any, init_text: str = "") -> PeftC
                 code=ExitCode.USAGE,
             )
         values[key] = value
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise _refused(params, exc) from exc
+
+
+def _refused(params: Params, exc: Exception) -> ToolError:
+    reason = " ".join(str(exc).split())[:300]
+    return ToolError(f"--method {params.method}: PEFT refuses: {reason}", code=ExitCode.USAGE)
 
 
 def peft_options(params: Params) -> dict[str, Any]:
@@ -146,13 +165,20 @@ def _method_options(params: Params, model_config: Any, init_text: str) -> dict[s
         }
     if params.method == "ia3":
         return {"target_modules": list(params.target_modules)} if params.target_modules else {}
-    return {
+    other: dict[str, Any] = {
         "r": params.lora_rank,
         "alpha": alpha,
         "lora_alpha": alpha,
         "num_virtual_tokens": params.virtual_tokens,
+        "adapter_len": params.virtual_tokens,
+        "adapter_layers": params.adapter_layers or model_config.num_hidden_layers,
         "target_modules": targets,
     }
+    if params.method == "oft":
+        del other["r"]  # a number of blocks, which excludes the size of a block that it has by default
+    if params.method in NOT_LINEAR and not params.target_modules:
+        del other["target_modules"]
+    return other
 
 
 def _prefix_from_text(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> None:

@@ -22,6 +22,15 @@ METHODS: dict[str, tuple[str, float, str]] = {
 }
 OTHER_LEARNING_RATE = 1e-3
 
+#: PEFT methods that a plain causal-language-model loss cannot train → why
+UNSUPPORTED = {
+    "adalora": "its rank allocation and orthogonality loss need a training loop of their own",
+    "multitask-prompt-tuning": "it needs a task id with every record",
+    "poly": "it needs a task id with every record",
+    "shadow": "it trains a second model beside the first",
+    "xlora": "it mixes adapters that are trained already",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
