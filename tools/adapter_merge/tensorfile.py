@@ -25,7 +25,7 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-SLICE_ELEMENTS = 1 << 21
+SLICE_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
