@@ -109,8 +109,8 @@ def generate(
     with torch.no_grad(), _evaluating(model):
         while waiting or batch is not None:
             free = batch_size - (len(batch.rows) if batch is not None else 0)
-            # A few at a time: each prefill also copies the cache that it joins.
-            if waiting and (batch is None or (4 * free >= batch_size and batch.can_be_joined())):
+            # In a large batch a few at a time: each prefill also reads the weights and copies the cache.
+            if waiting and (batch is None or (8 * free >= batch_size and batch.can_be_joined())):
                 group = [waiting.pop() for _ in range(min(free, len(waiting)))]
                 batch = _joined(batch, engine.prefill(group))
             if batch is not None:
