@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from tuneutils.shared import logprobs_model
 from tuneutils.shared.evaluate import encode_pair, prefix_token, score_windows
-from tuneutils.shared.logprobs import IGNORE_INDEX, LogitTransform, accumulation_dtype, default_chunk_tokens
+from tuneutils.shared.logprobs import IGNORE_INDEX, accumulation_dtype
+from tuneutils.shared.logprobs_model import unwrap
 from tuneutils.shared.models import Loaded
 from tuneutils.shared.records import Record, format_of
 from tuneutils.shared.supervise import Encoded, encode
 
 BATCH_TOKENS = 4096
+GREEDY_BATCH_TOKENS = 1024
 Progress = Callable[[int], None]
 
 
@@ -42,7 +44,7 @@ class Score:
 
 def context_length(model: Any) -> int | None:
     """Tokens that the model takes, less the virtual ones of its prompt-learning adapter; None: no limit."""
-    limit = getattr(logprobs_model.unwrap(model).config, "max_position_embeddings", None)
+    limit = getattr(unwrap(model).config, "max_position_embeddings", None)
     if not limit:
         return None
     configs = getattr(model, "peft_config", {}).values()
@@ -61,11 +63,14 @@ def score_sequences(
 
     Args:
         batch_tokens: padded tokens of one forward pass.
-        greedy: also compare each label with the most likely token.
+        greedy: also compare each label with the most likely token; for short stretches of labels, whose
+            logits are held whole.
         progress: called with the number of sequences done since the last call.
     """
     scores: list[Score | None] = [None] * len(sequences)
-    for batch in _batches([len(s) for s in sequences], batch_tokens):
+    if greedy:
+        batch_tokens = min(batch_tokens, GREEDY_BATCH_TOKENS)
+    for batch in _batches([len(s) for s in sequences], batch_tokens, equal=greedy):
         for i, score in zip(batch, _score_batch(loaded, [sequences[i] for i in batch], greedy), strict=True):
             scores[i] = score
         if progress is not None:
@@ -73,12 +78,12 @@ def score_sequences(
     return [score for score in scores if score is not None]
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first, so that memory runs out at once or not at all."""
+def _batches(lengths: Sequence[int], batch_tokens: int, *, equal: bool) -> Iterator[list[int]]:
+    """Indices, longest first, so that memory runs out at once or not at all; ``equal``: of one length."""
     batch: list[int] = []
     longest = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and longest * (len(batch) + 1) > batch_tokens:
+        if batch and (longest * (len(batch) + 1) > batch_tokens or (equal and lengths[i] != longest)):
             yield batch
             batch = []
         longest = longest if batch else lengths[i]
@@ -99,7 +104,7 @@ def _score_batch(loaded: Loaded, batch: Sequence[Encoded], greedy: bool) -> list
         labels[row, : len(sequence)] = torch.tensor(sequence.labels)
     ids, mask, labels = (t.to(loaded.device) for t in (ids, mask, labels))
     if greedy:
-        logprobs, hits = _logprobs_and_hits(loaded.model, ids, mask, labels)
+        logprobs, hits = _logprobs_and_hits(loaded.model, ids, labels)
     else:
         logprobs = -logprobs_model.causal_nll(loaded.model, ids, mask, labels, reduction="none")
         hits = torch.zeros_like(logprobs)
@@ -109,30 +114,22 @@ def _score_batch(loaded: Loaded, batch: Sequence[Encoded], greedy: bool) -> list
     return [Score(*values) for values in zip(sums, counts.tolist(), all_hit, strict=True)]
 
 
-def _logprobs_and_hits(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, T - 1)`` log-probabilities of tokens 1 on and whether each is the argmax; 0 where ignored."""
-    targets = labels[:, 1:]
-    kept = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+def _logprobs_and_hits(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B, k)`` log-probabilities of the last ``k`` tokens and whether each is the argmax; 0 where ignored.
 
-    def compute(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-        rows, wanted = hidden[kept], targets[kept]
-        chunk = default_chunk_tokens(getattr(head, "out_features", None) or 1 << 17, rows.device)
-        logprobs = rows.new_zeros(targets.shape, dtype=accumulation_dtype(rows.dtype))
-        hits = torch.zeros_like(logprobs)
-        parts = []
-        for start in range(0, len(wanted), chunk):
-            raw = head(rows[start : start + chunk])
-            logits = transform(raw.to(accumulation_dtype(raw.dtype)))
-            label = wanted[start : start + chunk, None]
-            value = logits.gather(-1, label) - logits.logsumexp(-1, keepdim=True)
-            parts.append((value[:, 0], (logits.argmax(-1, keepdim=True) == label)[:, 0]))
-        logprobs[kept] = torch.cat([p[0] for p in parts])
-        hits[kept] = torch.cat([p[1] for p in parts]).to(hits.dtype)
-        return logprobs, hits
-
-    result = logprobs_model._run(model, ids, mask, None, compute)
-    assert isinstance(result, tuple)
-    return result
+    ``k`` reaches back to the first label. The rows are equally long, so there is no padding to place.
+    """
+    scored = (labels[:, 1:] != IGNORE_INDEX).any(0)
+    count = len(scored) - int(scored.long().argmax())
+    keep = {"logits_to_keep": count + 1} if logprobs_model.accepts(unwrap(model), "logits_to_keep") else {}
+    raw = model(input_ids=ids, use_cache=False, **keep).logits[:, -count - 1 : -1]
+    logits = raw.to(accumulation_dtype(raw.dtype))
+    targets = labels[:, -count:, None]
+    chosen = targets.clamp(min=0)
+    logprobs = logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)
+    kept = (targets != IGNORE_INDEX)[..., 0]
+    hits = (logits.argmax(-1, keepdim=True) == chosen)[..., 0]
+    return logprobs[..., 0] * kept, (hits & kept).to(logits.dtype)
 
 
 def text_sequence(text: str, tokenizer: Any) -> Encoded:

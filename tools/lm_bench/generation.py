@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
-
-import torch  # isort: skip
-
 from tuneutils.shared.command import Run
 from tuneutils.shared.evaluate import distinct_n
 from tuneutils.shared.models import Loaded
 from tuneutils.shared.records import BadRecord, Located, Record
+from tuneutils.shared.sample import Sampling, generate
 from tuneutils.shared.supervise import prompt_ids
 from tuneutils.tools.lm_bench.metrics import Item
 from tuneutils.tools.lm_bench.params import Params
@@ -29,32 +27,12 @@ def stop_ids(loaded: Loaded) -> set[int]:
     return {int(t) for t in [loaded.tokenizer.eos_token_id, *several] if t is not None}
 
 
-@torch.inference_mode()
 def greedy(loaded: Loaded, prompts: Sequence[list[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
     """The most likely continuation of each prompt, and whether it ended by itself (EOS cut off)."""
-    stops = stop_ids(loaded)
-    answers: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    for start in range(0, len(order), BATCH_SIZE):
-        rows = order[start : start + BATCH_SIZE]
-        width = len(prompts[rows[0]])
-        ids = torch.tensor([[loaded.pad_id] * (width - len(prompts[i])) + prompts[i] for i in rows])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-        made = loaded.model.generate(
-            input_ids=ids.to(loaded.device),
-            attention_mask=mask.to(loaded.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=sorted(stops),
-            pad_token_id=loaded.pad_id,
-        )
-        for i, row in zip(rows, made[:, width:].tolist(), strict=True):
-            end = next((k for k, token in enumerate(row) if token in stops), None)
-            answers[i] = (row[:end], end is not None)
-    return answers
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0, stop_token_ids=sorted(stop_ids(loaded)))
+    made = generate(loaded.model, prompts, sampling, pad_token_id=loaded.pad_id, batch_size=BATCH_SIZE)
+    stopped = [c.finish_reason == "stop" for c in made]
+    return [(c.token_ids[:-1] if end else c.token_ids, end) for c, end in zip(made, stopped, strict=True)]
 
 
 def check_answers(run: Run[Params], loaded: Loaded, records: Sequence[Located]) -> list[Item]:

@@ -78,6 +78,10 @@ def prepare(run: Run[Params]) -> tuple[list[Exam], list[Input]]:
             task = load_task(given, num_fewshot=params.num_fewshot, limit=params.limit)
             inputs += [describe_input("task", given), *(describe_input("data", p) for p in task.data_files)]
             exams.append(_task_exam(params, task))
+    elif params.task:
+        from tuneutils.tools.lm_bench.harness import harness_inputs
+
+        inputs += harness_inputs(run)
     names = [e.name for e in exams]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)

@@ -270,7 +270,7 @@ def _check(path: Path, config: dict[str, Any]) -> None:
         raise refuse("fewshot_config beyond sampler: default or first_n is not supported")
 
 
-def _data_files(path: Path, config: dict[str, Any]) -> dict[str, list[Path]]:
+def data_files(path: Path, config: dict[str, Any]) -> dict[str, list[Path]]:
     """Local files by split; relative ones from the working directory, else from the task file's folder."""
     given = (config.get("dataset_kwargs") or {}).get("data_files")
     if not given:
@@ -314,7 +314,7 @@ def load_task(given: str, *, num_fewshot: int | None = None, limit: int | None =
     _check(path, config)
     if num_fewshot is not None:
         config["num_fewshot"] = num_fewshot
-    files = _data_files(path, config)
+    files = data_files(path, config)
     split = next((str(config[k]) for k in SPLITS[:2] if config.get(k)), None)
     if split is None or split not in files:
         raise ToolError(f"{path}: needs a test_split among the splits of data_files: {', '.join(files)}")
