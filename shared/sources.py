@@ -103,6 +103,7 @@ class Builtin:
     sha256: str
     licence: str
     about: str
+    kind: Kind = "dataset"
 
 
 _LLAMAFACTORY = "pypi:llamafactory==0.9.5@sdist!/data/"
@@ -114,6 +115,7 @@ BUILTINS: dict[str, Builtin] = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Apache-2.0",
         "SmolLM2-135M-Instruct, dequantised from 4-bit GGUF",
+        "model",
     ),
     "alpaca-demo": Builtin(
         _LLAMAFACTORY + "alpaca_en_demo.json",
@@ -152,6 +154,9 @@ BUILTINS: dict[str, Builtin] = {
         "1,500 physical questions, each with a right and a wrong answer",
     ),
 }
+
+#: Builtins that a tool makes itself, without a source.
+MADE: dict[Kind, tuple[str, ...]] = {"model": ("tiny-llama",), "dataset": ()}
 
 _PATTERNS = {
     "pypi": re.compile(
@@ -232,7 +237,7 @@ def resolve(text: str, kind: Kind) -> Resolved:
 def resolve_source(source: Source, kind: Kind) -> Resolved:
     """``resolve`` for a source already taken apart."""
     if source.scheme == "builtin":
-        row = builtin(source.name)
+        row = builtin(source.name, kind)
         resolved = resolve_source(replace(parse(row.source), sha256=source.sha256 or row.sha256), kind)
         return replace(resolved, licence=row.licence)
     if source.scheme == "file":
@@ -250,15 +255,16 @@ def resolve_source(source: Source, kind: Kind) -> Resolved:
     return resolved
 
 
-def builtin(name: str) -> Builtin:
+def builtin(name: str, kind: Kind) -> Builtin:
     """The row of ``BUILTINS``.
 
     Raises:
-        ToolError: there is none of that name (66).
+        ToolError: there is none of that name and kind (66).
     """
-    if name not in BUILTINS:
+    known = [n for n, row in BUILTINS.items() if row.kind == kind] + list(MADE[kind])
+    if name not in known or name in MADE[kind]:
         raise ToolError(
-            f"builtin:{name}: no such builtin{nearest(name, BUILTINS)}; there are {', '.join(BUILTINS)}",
+            f"builtin:{name}: no such builtin {kind}{nearest(name, known)}; there are {', '.join(known)}",
             code=ExitCode.MISSING_INPUT,
         )
     return BUILTINS[name]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +107,17 @@ def _load(resolved: Resolved | None, given: Input, params: Params, seed: int) ->
         model, tokenizer, warning = _load_gguf(path) if path.is_file() else _load_folder(path)
         loaded = Loaded(model, tokenizer, given, resolved.revision, warning)
     if params.dtype_stored != "source":
-        import torch
-
-        loaded.model.to(getattr(torch, params.dtype_stored))
+        _convert(loaded.model, params.dtype_stored)
     loaded.model.eval()
     return loaded
+
+
+def _convert(model: Any, dtype: str) -> None:
+    """Convert the weights only: ``model.to`` would round the rotary frequencies too, which are not stored."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def _load_gguf(path: Path) -> tuple[Any, Any, str | None]:
@@ -134,7 +141,7 @@ def _load_gguf(path: Path) -> tuple[Any, Any, str | None]:
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where, config=config)
-    except (ValueError, KeyError, NotImplementedError, OSError) as exc:
+    except (ValueError, LookupError, NotImplementedError, OSError, struct.error) as exc:
         raise ToolError(f"{path}: this GGUF cannot be read: {_first_line(exc)}") from exc
     _require_complete(path, report)
     return model, tokenizer, restore_pre_tokenizer(tokenizer, path)
