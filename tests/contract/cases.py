@@ -1,0 +1,127 @@
+"""What the contract test cannot guess of a tool: inputs that work, options that make it quick, what it makes.
+
+A new tool adds one ``Case`` (or several, when it has several kinds of input or output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+CPU = ("--device", "cpu", "--dtype", "float32")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What tools can be tried on; all built by the test session, none to be written to.
+
+    Attributes:
+        model: folder of the tiny model.
+        artifact: the same, imported: a folder with a manifest.
+        adapters: two LoRA adapters for it.
+        records: folder with ``<format>.jsonl`` for each record format.
+    """
+
+    model: Path
+    artifact: Path
+    adapters: tuple[Path, Path]
+    records: Path
+
+    def stream(self, format: str) -> Path:  # noqa: A002 - the records' own word
+        return self.records / f"{format}.jsonl"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to use a tool.
+
+    Attributes:
+        tool: the command; a subcommand after a space.
+        inputs: the positional arguments.
+        args: options without which it would not run, or not quickly.
+        reads: the record format of the inputs; None when they are no records.
+        makes: ``directory``, ``stream`` or ``nothing``.
+        output: the name given to ``-o``.
+        paths: options of ``args`` whose value is a file or folder that must exist.
+        stdin: reads records from stdin without an input.
+        same_again: a second run elsewhere gives the same bytes.
+        label: tells apart the cases of one tool.
+    """
+
+    tool: str
+    inputs: Callable[[Assets], list[Path]]
+    args: Callable[[Assets], list[str | Path]] = lambda _: []
+    reads: str | None = None
+    makes: str = "directory"
+    output: str = "out"
+    paths: tuple[str, ...] = ()
+    stdin: bool = False
+    same_again: bool = True
+    label: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.tool} {self.label}".strip()
+
+
+CASES = [
+    Case("model-import", lambda a: [a.model], lambda _: ["--licence", "MIT"]),
+    Case(
+        "data-import",
+        lambda a: [a.stream("prompt-completion")],
+        lambda _: ["--licence", "MIT"],
+        reads="prompt-completion",
+        makes="stream",
+        output="out.jsonl",
+        stdin=True,
+        label="stream",
+    ),
+    Case(
+        "data-import",
+        lambda a: [a.stream("messages")],
+        lambda _: ["--split", "train=0.5,test=0.5", "--licence", "MIT"],
+        reads="messages",
+        stdin=True,
+        label="folder",
+    ),
+    Case(
+        "lora-tune",
+        lambda a: [a.stream("prompt-completion")],
+        lambda a: [
+            "-m",
+            a.model,
+            "--heldout",
+            a.stream("messages"),
+            "--max-steps",
+            "2",
+            "--batch-size",
+            "2",
+            *CPU,
+        ],
+        reads="prompt-completion",
+        paths=("-m", "--heldout"),
+        stdin=True,
+    ),
+    Case(
+        "adapter-merge",
+        lambda a: [a.adapters[0]],
+        lambda a: ["-m", a.model, *CPU],
+        paths=("-m",),
+        label="into base",
+    ),
+    Case(
+        "adapter-merge",
+        lambda a: list(a.adapters),
+        lambda a: ["-m", a.model, "--method", "linear", *CPU],
+        paths=("-m",),
+        label="several",
+    ),
+    Case(
+        "lm-bench",
+        lambda a: [a.model],
+        lambda a: ["--records", a.stream("text"), *CPU],
+        paths=("--records",),
+    ),
+    Case("model-card", lambda a: [a.artifact]),
+]
