@@ -1,0 +1,1 @@
+"""evaluate: the card, the plots and the lineage of any artifact."""
