@@ -1,20 +1,17 @@
-"""Directory artifacts: written whole or not at all, with a manifest that leads back to their sources.
+"""Artifacts: written whole or not at all, with a manifest that leads back to their sources.
 
-An artifact is what its ecosystem already reads (a Transformers or PEFT folder, GGUF, a report) plus
-``artifact.json``: kind, tool and version, parameters, inputs and files by SHA-256, licences, seed,
-library versions, metrics. The manifest is written last; its presence means that the artifact is complete.
-Nothing in it depends on time, host, device name or process count: those go to the run log.
+A directory artifact is what its ecosystem already reads (a Transformers or PEFT folder, GGUF, a report)
+plus ``artifact.json``, written last; its presence means that the artifact is complete. A record stream
+has its manifest beside it, in ``FILE.artifact.json``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,207 +19,49 @@ from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
 from tuneutils.shared.files import atomic_file, leftovers, make_parent, sweep, sync
-from tuneutils.shared.streams import require_readable
+from tuneutils.shared.manifest import (
+    LIBRARIES,
+    MANIFEST,
+    SCHEMA,
+    Input,
+    Manifest,
+    describe_input,
+    files_of,
+    library_versions,
+    lineage,
+    load_manifest,
+    manifest_of,
+    portable_path,
+    sha256_file,
+    sha256_tree,
+    verify,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from tuneutils.shared.command import Run
 
-MANIFEST = "artifact.json"
-SCHEMA = 1
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "accelerate",
-    "bitsandbytes",
-    "tokenizers",
-    "gguf",
-    "numpy",
-)
-
-Manifest = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Input:
-    """One thing that an artifact was made from.
-
-    Attributes:
-        role: what it was used as: ``model``, ``records``, ``heldout``, …
-        path: as the user named it (``-`` for stdin).
-        sha256: of the file; of an artifact, that of its manifest; of another folder, of its listing.
-        kind, licence, source: carried over from the input's own manifest.
-    """
-
-    role: str
-    path: str
-    sha256: str
-    kind: str | None = None
-    licence: str | None = None
-    source: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if v is not None}
-
-
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sha256_tree(folder: Path) -> str:
-    """SHA-256 over the sorted lines ``<sha256>  <relative path>`` of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(_files(folder)):
-        digest.update(f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n".encode())
-    return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.is_file() and path != folder / MANIFEST:
-            yield path
-
-
-def describe_input(role: str, path: str | os.PathLike[str]) -> Input:
-    """Hash an input and take over what its own manifest says of it.
-
-    A file's manifest is ``FILE.artifact.json`` beside it, or its folder's, if that lists it; a file
-    that has changed since has none. Of a folder only the sizes are compared: its weights may be large.
-
-    Raises:
-        ToolError: nothing is there (66), or an artifact's files are not those of its manifest (65).
-    """
-    if str(path) == "-":
-        return Input(role, "-", "")
-    found = Path(path)
-    require_readable(str(path))
-    manifest_path = manifest_of(found)
-    manifest = load_manifest(manifest_path) if manifest_path else {}
-    if not found.is_dir():
-        sha256 = sha256_file(found)
-        if manifest_path and sha256 != _listed(manifest, manifest_path, found).get("sha256"):
-            manifest = {}
-    elif manifest_path:
-        _check_sizes(found, manifest)
-        sha256 = sha256_file(manifest_path)
-    else:
-        sha256 = sha256_tree(found)
-    return Input(
-        role,
-        portable_path(path),
-        sha256,
-        kind=manifest.get("kind"),
-        licence=manifest.get("licence"),
-        source=manifest.get("source"),
-    )
-
-
-def _listed(manifest: Manifest, manifest_path: Path, path: Path) -> dict[str, Any]:
-    name = path.relative_to(manifest_path.parent).as_posix()
-    entry: dict[str, Any] = manifest.get("files", {}).get(name, {})
-    return entry
-
-
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
-    for name, entry in manifest.get("files", {}).items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise ToolError(
-                f"{path}: missing or changed since {folder / MANIFEST} was written; make it again"
-            )
-
-
-def portable_path(path: str | os.PathLike[str]) -> str:
-    """A path relative to the working directory where it lies below it, else as given."""
-    if str(path) == "-":
-        return "-"
-    try:
-        return Path(path).absolute().relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return str(path)
-
-
-def manifest_of(path: Path) -> Path | None:
-    """The manifest that speaks of a file or folder, or None."""
-    if path.is_dir():
-        beside = path / MANIFEST
-        return beside if beside.is_file() else None
-    sidecar = path.with_name(f"{path.name}.{MANIFEST}")
-    if sidecar.is_file():
-        return sidecar
-    for parent in list(path.parents)[:2]:
-        inside = parent / MANIFEST
-        if inside.is_file():
-            listed = load_manifest(inside).get("files", {})
-            return inside if path.relative_to(parent).as_posix() in listed else None
-    return None
-
-
-def load_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """A manifest, from its own path or its artifact's folder.
-
-    Raises:
-        ToolError: it is absent (66), or no manifest of a schema that this version reads (65).
-    """
-    found = Path(path)
-    if found.is_dir():
-        found = found / MANIFEST
-    if not found.is_file():
-        raise ToolError(f"{found}: no such file; is the artifact complete?", code=ExitCode.MISSING_INPUT)
-    try:
-        manifest = json.loads(found.read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise ToolError(f"{found}: damaged manifest: {exc}") from exc
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise ToolError(f"{found}: no manifest of schema {SCHEMA}")
-    return manifest
-
-
-def verify(folder: Path) -> list[str]:
-    """What is wrong with an artifact's files against its manifest; empty when nothing is."""
-    wrong = []
-    for name, entry in load_manifest(folder)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{path}: missing")
-        elif sha256_file(path) != entry["sha256"]:
-            wrong.append(f"{path}: changed since it was written")
-    return wrong
-
-
-def lineage(folder: Path) -> list[tuple[int, Input, Manifest | None]]:
-    """All that an artifact stands on, depth first: (depth, input, the input's manifest if still there).
-
-    An input whose file has changed since is given without a manifest.
-    """
-    out: list[tuple[int, Input, Manifest | None]] = []
-
-    def walk(manifest: Manifest, depth: int) -> None:
-        for entry in manifest.get("inputs", []):
-            given = Input(
-                **{k: entry.get(k) for k in ("role", "path", "sha256", "kind", "licence", "source")}
-            )
-            found = _intact_manifest(given)
-            out.append((depth, given, found))
-            if found is not None:
-                walk(found, depth + 1)
-
-    walk(load_manifest(folder), 1)
-    return out
-
-
-def _intact_manifest(given: Input) -> Manifest | None:
-    path = Path(given.path)
-    if given.path == "-" or not path.exists():
-        return None
-    manifest_path = manifest_of(path)
-    if manifest_path is None:
-        return None
-    current = sha256_file(manifest_path if path.is_dir() else path)
-    return load_manifest(manifest_path) if current == given.sha256 else None
+__all__ = [
+    "LIBRARIES",
+    "MANIFEST",
+    "SCHEMA",
+    "Artifact",
+    "Input",
+    "Manifest",
+    "check_stream",
+    "describe_input",
+    "library_versions",
+    "lineage",
+    "load_manifest",
+    "manifest_of",
+    "portable_path",
+    "sha256_file",
+    "sha256_tree",
+    "sidecar",
+    "verify",
+    "work_dir",
+    "write_json",
+]
 
 
 def work_dir(output: str | os.PathLike[str]) -> Path:
@@ -292,7 +131,7 @@ class Artifact:
         """The manifest as it stands, with every file hashed."""
         files = {
             p.relative_to(self.dir).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size}
-            for p in sorted(_files(self.dir))
+            for p in sorted(files_of(self.dir))
         }
         made: Manifest = {
             "schema": SCHEMA,
@@ -405,49 +244,30 @@ def _difference(old: Manifest, new: Mapping[str, Any], kind: str) -> str | None:
     return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON in UTF-8 with a newline at the end; NumPy and torch scalars as numbers.
+def check_stream(run: Run[Any], inputs: Sequence[Input]) -> None:
+    """The rule of directory artifacts for a stream: the same again is left, another needs ``--force``.
+
+    Call it before the work; nothing is checked for stdout, a device or a pipe.
 
     Raises:
-        ToolError: a number in it is not finite (65); the message names where it stands.
+        UpToDate: the stream is there, unchanged, from the same inputs and parameters.
+        ToolError: (73) it exists and differs, or nothing says what it was made from, without ``--force``.
     """
-    bad = next(_not_finite(value, ""), None)
-    if bad is not None:
-        raise ToolError(f"{path.name}: {bad[0]} is {bad[1]}; a diverged run is no result")
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_scalar)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _not_finite(item, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _not_finite(item, f"{place}[{i}]")
-    elif hasattr(value, "item"):
-        yield from _not_finite(value.item(), place)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield place, value
-
-
-def _scalar(value: Any) -> Any:
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def library_versions() -> dict[str, str]:
-    """The installed versions of the libraries that can change a result."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    path = Path(str(run.output))
+    if run.output in (None, "-") or run.force or not path.is_file():
+        return
+    beside = path.with_name(f"{path.name}.{MANIFEST}")
+    if not beside.is_file():
+        difference: str | None = f"no {beside.name} beside it"
+    else:
+        manifest = load_manifest(beside)
+        difference = _difference(manifest, _identity(run, inputs), "records")
+        if difference is None and manifest["files"][path.name]["sha256"] == sha256_file(path):
+            raise UpToDate(manifest)
+        difference = difference or "changed since it was written"
+    raise ToolError(
+        f"{path}: exists and differs ({difference}); --force replaces it", code=ExitCode.CANNOT_WRITE
+    )
 
 
 def sidecar(run: Run[Any], stream: Path, inputs: Sequence[Input], **keys: Any) -> None:

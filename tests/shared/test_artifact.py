@@ -227,6 +227,31 @@ class TestIdempotence:
         assert (done.code, "stdin cannot be compared" in done.error) == (73, True)
 
 
+class TestStreamIdempotence:
+    def copy(self, *args: str, output: str = "copy.jsonl") -> Result:
+        return invoke(toy.copy, "-q", "--json", "-o", output, *args, "in.jsonl")
+
+    def test_same_again_is_left(self) -> None:
+        assert self.copy().json()["read"] == 1
+        before = os.stat("copy.jsonl").st_ino
+        assert self.copy("--fail", "never").json()["up_to_date"] is True
+        assert os.stat("copy.jsonl").st_ino == before
+
+    def test_differences_are_named(self, source: Path) -> None:
+        self.copy()
+        assert "(rank 4, now 5); --force replaces it" in self.copy("--rank", "5").error
+        assert self.copy("--rank", "5").code == 73
+        assert self.copy("--rank", "5", "--force").code == 0
+        Path("copy.jsonl").write_text("edited")
+        assert "changed since it was written" in self.copy("--rank", "5").error
+        Path("copy.jsonl.artifact.json").unlink()
+        assert "no copy.jsonl.artifact.json beside it" in self.copy("--rank", "5").error
+
+    def test_devices_are_written_to(self) -> None:
+        assert self.copy(output="/dev/null").code == 0
+        assert not Path("/dev/null.artifact.json").exists()
+
+
 class TestLineage:
     def test_three_generations_and_a_split_folder(self) -> None:
         make(

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneutils.shared.artifact import describe_input, write_json
+from tuneutils.shared.artifact import check_stream, describe_input, sidecar, write_json
 from tuneutils.shared.command import Run, Summary, option, tool, tool_group
 from tuneutils.shared.errors import ExitCode, GateFailed, ToolError, require
 from tuneutils.shared.records import Reader, open_writer
@@ -51,6 +51,8 @@ def copy(run: Run[CopyParams]) -> Summary:
         time.sleep(60)
     run.log.info("copying")
     run.log.debug("in detail")
+    inputs = [describe_input("records", p) for p in run.inputs]
+    check_stream(run, inputs)
     quarantine = f"{run.output}.quarantine" if run.output not in (None, "-") else None
     reader = Reader(run.inputs, on_error=run.on_error, quarantine=quarantine)
     assert run.output is not None
@@ -58,6 +60,8 @@ def copy(run: Run[CopyParams]) -> Summary:
         for record in reader:
             writer.write(record)
             progress.update()
+    if Path(run.output).is_file():
+        sidecar(run, Path(run.output), inputs)
     return {"read": reader.stats.read, "refused": reader.stats.refused}
 
 
