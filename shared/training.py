@@ -170,14 +170,20 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,  # noqa: ARG002 - the trainer's own signature
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        total = causal_nll(
-            model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], reduction="sum"
-        )
+        total = causal_nll(model, inputs["input_ids"], self._mask(inputs), inputs["labels"], reduction="sum")
         count = (
             (inputs["labels"][:, 1:] != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         )
         # DDP averages gradients over processes, and the count is over all of them.
         return total / torch.as_tensor(count).clamp(min=1) * self.accelerator.num_processes
+
+    def _mask(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """No mask: padding on the right is after every token, so a causal model never sees it.
+
+        Attention then takes its causal kernels. Virtual tokens come on the left and need the mask.
+        """
+        configs = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
+        return inputs["attention_mask"] if any(c.is_prompt_learning for c in configs) else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self._lr_ratio != 1.0 and self.optimizer is None:
@@ -216,7 +222,7 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             inputs = self._prepare_inputs(self.data_collator([vars(e) for e in batch]))
             with torch.no_grad(), self.compute_loss_context_manager():
                 nll = causal_nll(
-                    wrapped, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], reduction="sum"
+                    wrapped, inputs["input_ids"], self._mask(inputs), inputs["labels"], reduction="sum"
                 )
             sums += torch.tensor([nll.item(), (inputs["labels"] != IGNORE).sum().item()], dtype=torch.float64)
         if world > 1:

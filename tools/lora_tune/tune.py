@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def _context(base: ModelRef, params: Params) -> int | None:
 def _train(
     run: Run[Params], art: Artifact, base: ModelRef, tokenizer: Any, examples: Examples, held: Examples
 ) -> None:
+    from tuneutils.shared.adapters.fused_lora import fused
     from tuneutils.shared.training import MarkComplete, ResumableTrainer, StopOnNaN
 
     params = run.params
@@ -111,9 +113,10 @@ def _train(
         resume = _resume_point(run, checkpoints, art)
     trainer.args.eval_on_start = bool(held.encoded) and resume is None
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if held.encoded and not params.patience and not _evaluated(trainer.state):
-        trainer.evaluate()
+    with fused(model, where) if not trainer.is_fsdp_enabled else nullcontext():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if held.encoded and not params.patience and not _evaluated(trainer.state):
+            trainer.evaluate()
     _log_event(
         run,
         art,
