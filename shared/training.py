@@ -286,13 +286,16 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class MarkComplete(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint as whole once all of it is on disk."""
+    """Marks a checkpoint as whole once all of it is written, by a list of its files and their sizes."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
     ) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes its own random state
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / COMPLETE).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
 
 
 class StopOnNaN(TrainerCallback):  # type: ignore[misc]
@@ -331,11 +334,25 @@ def last_checkpoint(folder: Path, identity: str) -> Path | None:
         return None
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).is_file():
+        if _is_whole(path):
             whole.append(path)
         else:
             shutil.rmtree(path, ignore_errors=True)
     return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != COMPLETE)
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in found}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end and not half removed since."""
+    try:
+        listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(listed == _sizes(folder))
 
 
 def run_identity(*parts: Any) -> str:
