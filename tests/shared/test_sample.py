@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -259,3 +261,21 @@ def test_no_prompts_give_no_completions():
 def test_bad_options_are_named(option):
     with pytest.raises(ToolError, match=next(iter(option))):
         Sampling(**option)
+
+
+@pytest.mark.slow
+def test_greedy_equals_transformers_on_the_base_model():
+    folder = Path("artifacts/base")
+    if not (folder / "config.json").is_file():
+        pytest.skip("artifacts/base is not there; run: dvc repro")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["The capital of France is", "Once upon a time", "2 + 2 =", "Water boils at a temperature of"]
+    prompts = tokenizer(texts)["input_ids"]
+    stop = tokenizer(".")["input_ids"][-1]
+    sampling = Sampling(max_new_tokens=16, temperature=0, stop_token_ids=(stop,))
+    for prompt, completion in zip(prompts, generate(model, prompts, sampling, batch_size=3), strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=stop, pad_token_id=0
+        )
+        assert completion.token_ids == theirs[0, len(prompt) :].tolist()
