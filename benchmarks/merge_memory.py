@@ -5,8 +5,8 @@
 
 Each measurement is a process of its own, the kinds in turn. Growth is the highest resident memory (VmHWM)
 minus what the process held after importing torch, transformers, peft and the model's class; medians are
-printed. Without --base, a Llama of 266M parameters in bfloat16 is made in shards of 100 MB, with a LoRA on all
-its linear layers.
+printed. Without --base, a Llama of 266M parameters in bfloat16 is made in shards of 100 MB, with a LoRA on
+all its linear layers.
 """
 
 from __future__ import annotations

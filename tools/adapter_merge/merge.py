@@ -186,7 +186,7 @@ def _combine(
     made = Combined({}, {})
     density = params.density or combine.DEFAULT_DENSITY.get(params.method, 1.0)
     with run.progress(len(parts), params.method, "layer") as progress:
-        for module in sorted(parts):
+        for module in sorted(parts, key=_natural):
             truth = combine.weighted_sum(parts[module])
             if params.method in combine.DENSE:
                 make = partial(combine.combine_dense, parts[module], params.method, density, run.seed, module)
@@ -198,6 +198,11 @@ def _combine(
             made.errors[module] = None if error is None else float(f"{error:.3g}")
             progress.update()
     return made
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in name.split(".")]
 
 
 def _low_rank(params: Params, truth: Factors, parts: Sequence[combine.Weighted]) -> Factors:
