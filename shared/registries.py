@@ -205,7 +205,8 @@ def fetch_hub(source: Source, kind: Kind, cache: Path) -> tuple[Path, str, str]:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -232,14 +233,14 @@ def fetch_hub(source: Source, kind: Kind, cache: Path) -> tuple[Path, str, str]:
             f"{source}: gated; accept its terms on the Hub, then run: hf auth login",
             code=ExitCode.UNAVAILABLE,
         ) from exc
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as exc:
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as exc:
         if isinstance(exc, LocalEntryNotFoundError):
             raise _no_network(source, exc) from exc
         raise ToolError(
             f"{source}: no such {kind} repository or revision on the Hub, and no such path here",
             code=ExitCode.MISSING_INPUT,
         ) from exc
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as exc:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as exc:
         raise _no_network(source, exc) from exc
     path = Path(folder)
     if licence == licences.UNKNOWN and (path / "README.md").is_file():

@@ -67,7 +67,7 @@ def import_data(run: Run[Params]) -> Summary:
     """Import ``run.inputs`` into the stream or folder ``run.output``."""
     Plan.of(run.params)
     output = str(run.output)
-    to_file = output != "-" and output.endswith(STREAM_SUFFIXES)
+    to_file = output != "-" and names_a_stream(output)
     if run.params.split and (to_file or output == "-"):
         raise ToolError("--split writes several streams: name a folder with -o", code=ExitCode.USAGE)
     found = [_bring(text, run) for text in run.inputs]
@@ -85,13 +85,31 @@ def import_data(run: Run[Params]) -> Summary:
         _require_free(run, inputs)
         with open_writer(output) as writer:
             importer.write({"": writer})
-        sidecar(run, Path(output), inputs, licence=licence, source=origin, metrics=importer.counts.as_json())
+        if Path(output).is_file():
+            sidecar(
+                run, Path(output), inputs, licence=licence, source=origin, metrics=importer.counts.as_json()
+            )
     else:
         with run.artifact("records", inputs) as art:
             importer.write_folder(art)
             art.licence, art.source, art.metrics = licence, origin, importer.counts.as_json()
     importer.report()
     return {"output": output, "licence": licence, "source": origin, **importer.counts.as_json()}
+
+
+def names_a_stream(output: str) -> bool:
+    """Whether ``-o`` names a file rather than a folder: by its ending, or as a device or named pipe.
+
+    Raises:
+        ToolError: it looks like a file of a kind that is not written (2).
+    """
+    if output.endswith(STREAM_SUFFIXES):
+        return True
+    if output.endswith((".json", ".csv", ".tsv", ".txt", ".gz", ".zst")):
+        endings = ", ".join(STREAM_SUFFIXES)
+        raise ToolError(f"-o {output}: a record stream ends in one of {endings}", code=ExitCode.USAGE)
+    path = Path(output)
+    return path.exists() and not path.is_dir() and not path.is_file()
 
 
 @dataclass(frozen=True)
@@ -338,7 +356,7 @@ def _strings(value: Any) -> Iterator[str]:
 def _require_free(run: Run[Params], inputs: Sequence[Input]) -> None:
     """The rule of directory artifacts, for a stream: the same again is left, another needs ``--force``."""
     path = Path(str(run.output))
-    if run.force or not path.exists():
+    if run.force or not path.is_file():
         return
     beside = path.with_name(f"{path.name}.{MANIFEST}")
     if beside.is_file() and "-" not in run.inputs:

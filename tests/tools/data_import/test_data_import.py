@@ -279,6 +279,15 @@ def test_rerun_is_left_alone_and_repeat_is_byte_identical(data_import: Import, w
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
 
 
+def test_output_that_is_no_stream(data_import: Import, workdir: Path) -> None:
+    write_jsonl(workdir / "d.jsonl", [{"text": "a"}])
+    assert data_import("d.jsonl", "-o", "out.csv").code == 2
+    (workdir / "notes").write_text("mine")
+    assert data_import("d.jsonl", "-o", "notes").code == 73
+    assert data_import("d.jsonl", "-o", "/dev/null").code == 0
+    assert sorted(p.name for p in workdir.iterdir()) == ["d.jsonl", "notes"]
+
+
 def test_stream_to_stdout_says_its_licence(data_import: Import, workdir: Path) -> None:
     write_jsonl(workdir / "d.jsonl", [{"text": "a"}])
     done = data_import("d.jsonl", "--licence", "CC0-1.0")
