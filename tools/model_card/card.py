@@ -19,7 +19,8 @@ HUB_LICENCES = {
     "GPL-3.0-only": "gpl-3.0", "GPL-3.0-or-later": "gpl-3.0", "GPL-2.0-only": "gpl-2.0",
     "LGPL-3.0-only": "lgpl-3.0", "CC-BY-4.0": "cc-by-4.0", "CC-BY-SA-4.0": "cc-by-sa-4.0",
     "Apache-2.0": "apache-2.0", "MIT": "mit", "CC0-1.0": "cc0-1.0", "ISC": "isc", "MPL-2.0": "mpl-2.0",
-    "BSD-3-Clause": "bsd-3-clause", "BSD-2-Clause": "bsd-2-clause", "GPL-3.0": "gpl-3.0", "GPL-2.0": "gpl-2.0",
+    "BSD-3-Clause": "bsd-3-clause", "BSD-2-Clause": "bsd-2-clause",
+    "GPL-3.0": "gpl-3.0", "GPL-2.0": "gpl-2.0",
 }  # fmt: skip
 
 
@@ -31,13 +32,14 @@ def write_card(run: Run[Params]) -> Summary:
     if run.output == "-":
         sys.stdout.write(compose(facts, run.params, plots={}))
         return {"output": "-", "broken": len(facts.broken())}
-    inputs: list[Input] = [describe_input("artifact", run.inputs[0])]
+    licence, source = facts.manifest.get("licence"), facts.manifest.get("source")
+    inputs = [Input("artifact", facts.path, facts.sha256, facts.kind, licence, source)]
     inputs += [describe_input("report", path) for path in run.params.report]
     log = facts.training_log()
     if log or facts.reports:
         require("matplotlib", "plots")
     with run.artifact("card", inputs) as art:
-        art.licence, art.source = facts.manifest.get("licence"), facts.manifest.get("source")
+        art.licence, art.source = licence, source
         art.metrics = {"broken_inputs": len(facts.broken()), "damaged_files": len(facts.damaged)}
         plots: dict[str, str] = {}
         if log or facts.reports:

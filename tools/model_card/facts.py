@@ -12,11 +12,11 @@ from typing import Any
 from tuneutils.shared.artifact import (
     Input,
     Manifest,
-    describe_input,
     load_manifest,
     manifest_of,
     portable_path,
     sha256_file,
+    sha256_tree,
 )
 from tuneutils.shared.errors import ExitCode, ToolError
 
@@ -24,7 +24,7 @@ UNKNOWN = "unknown"
 REMOTE = re.compile(r"^(pypi|npm|deb|hf|builtin):")
 HUB = re.compile(r"^hf:(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?:!/.*)?$")
 DATA_KINDS = ("records",)
-DATA_ROLES = ("records", "heldout", "data", "source", "replay", "check-records", "examples")
+DATA_ROLES = ("records", "heldout", "data", "replay", "check-records", "examples")
 
 
 @dataclass
@@ -34,11 +34,13 @@ class Node:
     Attributes:
         state: ``unchanged``, ``changed``, ``gone``, ``remote`` (a source outside) or ``stdin``.
         manifest: the input's own, as it is now; empty without one.
+        made: the kind of what was made from it.
     """
 
     given: Input
     state: str
     manifest: Manifest
+    made: str = UNKNOWN
     children: list[Node] = field(default_factory=list)
 
     @property
@@ -55,7 +57,8 @@ class Node:
 
     @property
     def is_data(self) -> bool:
-        return not self.is_model and (self.given.kind in DATA_KINDS or self.given.role in DATA_ROLES)
+        used = self.given.role in DATA_ROLES or (self.given.role == "source" and self.made in DATA_KINDS)
+        return not self.is_model and (used or self.given.kind in DATA_KINDS)
 
 
 @dataclass
@@ -135,18 +138,20 @@ def gather(given: str, reports: tuple[str, ...]) -> Facts:
     manifest = load_manifest(manifest_path)
     sha256 = sha256_file(manifest_path if path.is_dir() else path)
     root = path if path.is_dir() else manifest_path.parent
-    nodes = [_node(entry, frozenset()) for entry in manifest.get("inputs", [])]
+    kind = known(manifest.get("kind"))
+    nodes = [_node(entry, kind, frozenset()) for entry in manifest.get("inputs", [])]
     found = [_report(report, sha256, given) for report in reports]
     return Facts(portable_path(given), root, manifest, sha256, _damaged(root, manifest), nodes, found)
 
 
-def _node(entry: Mapping[str, Any], above: frozenset[str]) -> Node:
+def _node(entry: Mapping[str, Any], made: str, above: frozenset[str]) -> Node:
     names = ("role", "path", "sha256", "kind", "licence", "source")
     given = Input(**{k: entry.get(k) for k in names})  # type: ignore[arg-type]
     state, manifest = _look(given)
-    node = Node(given, state, manifest)
+    node = Node(given, state, manifest, made)
     if state == "unchanged" and given.sha256 not in above:
-        node.children = [_node(e, above | {given.sha256}) for e in manifest.get("inputs", [])]
+        kind, above = known(manifest.get("kind")), above | {given.sha256}
+        node.children = [_node(e, kind, above) for e in manifest.get("inputs", [])]
     return node
 
 
@@ -160,11 +165,18 @@ def _look(given: Input) -> tuple[str, Manifest]:
         return "gone", {}
     manifest_path = manifest_of(path)
     manifest = load_manifest(manifest_path) if manifest_path else {}
-    if describe_input(given.role, given.path).sha256 != given.sha256:
+    if _digest(path, manifest_path) != given.sha256:
         return "changed", {}
     if path.is_dir() and manifest and _damaged(path, manifest):
         return "changed", manifest
     return "unchanged", manifest
+
+
+def _digest(path: Path, manifest_path: Path | None) -> str:
+    """As a manifest records an input: of a file, of an artifact's manifest, or of a folder's listing."""
+    if not path.is_dir():
+        return sha256_file(path)
+    return sha256_file(manifest_path) if manifest_path else sha256_tree(path)
 
 
 def _damaged(root: Path, manifest: Manifest) -> list[str]:

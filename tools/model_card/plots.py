@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from tuneutils.tools.model_card.facts import Facts  # noqa: E402
+from tuneutils.tools.model_card.facts import Facts
 
 STYLE = {
     "figure.dpi": 110,

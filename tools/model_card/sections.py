@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tuneutils.shared.artifact import portable_path
 from tuneutils.tools.model_card.facts import HUB, UNKNOWN, Facts, Node, known
 from tuneutils.tools.model_card.markdown import code, fenced, link, number, size, table, text
 
@@ -240,10 +241,16 @@ def loading_code(facts: Facts) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained({path})\n" + GENERATE
         )
     if facts.kind == "records":
-        return f"from tuneutils.shared.records import Reader\n\nrecords = list(Reader([{path}]))\nprint(len(records))"
+        return (
+            "from tuneutils.shared.records import Reader\n\n"
+            f"records = list(Reader([{path}]))\nprint(len(records))"
+        )
     name = "report.json" if (facts.root / "report.json").is_file() else "artifact.json"
     file = json.dumps(f"{facts.path}/{name}", ensure_ascii=False)
-    return f'import json\n\nwith open({file}, encoding="utf-8") as stream:\n    found = json.load(stream)\nprint(sorted(found))'
+    return (
+        f'import json\n\nwith open({file}, encoding="utf-8") as stream:\n'
+        "    found = json.load(stream)\nprint(sorted(found))"
+    )
 
 
 GENERATE = (
@@ -320,7 +327,7 @@ def licences(facts: Facts) -> str:
     if names == {UNKNOWN}:
         said = "No licence is recorded for any part: unknown."
     elif len(names - {UNKNOWN}) > 1:
-        said = "Parts are under different licences, and the most restrictive terms apply; see each."
+        said = "Parts are under different licences, of which the most restrictive binds: see each."
     else:
         said = f"The licence recorded is {text((names - {UNKNOWN}).pop())}."
     if UNKNOWN in names and len(names) > 1:
@@ -393,7 +400,7 @@ def _output(node: Node) -> str:
 def command(manifest: Mapping[str, Any], output: str) -> str:
     """The command line that makes an artifact, options at their defaults left out."""
     params = manifest.get("params", {})
-    values = {str(v) for e in params.values() for v in _list(e.get("value"))}
+    values = {portable_path(str(v)) for e in params.values() for v in _list(e.get("value"))}
     inputs = manifest.get("inputs", [])
     has_adapter = any(i["role"] == "adapter" for i in inputs)
     words = str(manifest["tool"]).split()
