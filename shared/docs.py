@@ -1,7 +1,7 @@
 """What is written down of the tools, made from the tools: ``python -m tuneutils.shared.docs [--check]``.
 
 Rewrites the options in each ``tools/*/README.md``, the table of tools in ``README.md`` and
-``params.schema.json``, a JSON Schema with one definition a tool for the sections of ``params.yaml``.
+``params.schema.json``, a JSON Schema of ``params.yaml``.
 Only text between a pair of markers (``<!-- options -->`` … ``<!-- /options -->``) is touched.
 """
 
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
 
 import click
 
 from tuneutils.shared.dispatch import ENTRY_POINTS, GROUPS, describe
+from tuneutils.shared.schema import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "params.schema.json"
@@ -42,7 +42,8 @@ def documents(root: Path = ROOT) -> Iterator[tuple[Path, str]]:
     front = root / "README.md"
     if front.is_file():
         yield front, _between(front, "tools", tools_table(found))
-    yield root / SCHEMA, json.dumps(schema(found), indent=2, ensure_ascii=False) + "\n"
+    commands = {entry.name: entry.load() for entry in found}
+    yield root / SCHEMA, json.dumps(schema(commands, root), indent=2, ensure_ascii=False) + "\n"
 
 
 def options_text(command: click.Command, name: str) -> str:
@@ -72,64 +73,6 @@ def tools_table(found: list[EntryPoint]) -> str:
 
 def _rank(group: str) -> tuple[int, str]:
     return (GROUPS.index(group) if group in GROUPS else len(GROUPS), group)
-
-
-def schema(found: list[EntryPoint]) -> dict[str, Any]:
-    """A JSON Schema whose definitions are the sections that each command takes by ``--params``."""
-    definitions: dict[str, Any] = {}
-    for entry in found:
-        for name, command in _leaves(entry.name, entry.load()):
-            definitions[name] = _definition(command)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Sections of params.yaml, one definition a command",
-        "$defs": definitions,
-    }
-
-
-def _leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group):
-        yield name, command
-        return
-    for below in sorted(command.commands):
-        yield from _leaves(f"{name} {below}", command.commands[below])
-
-
-def _definition(command: click.Command) -> dict[str, Any]:
-    options = [
-        p for p in command.params if isinstance(p, click.Option) and p.name not in ("params", "version")
-    ]
-    return {
-        "type": "object",
-        "properties": {str(p.name): _property(p) for p in options},
-        "additionalProperties": False,
-    }
-
-
-def _property(option: click.Option) -> dict[str, Any]:
-    one = _value(option.type)
-    made: dict[str, Any] = {"anyOf": [one, {"type": "array", "items": one}]} if option.multiple else one
-    if option.help:
-        made["description"] = option.help
-    default = option.to_info_dict()["default"]
-    if isinstance(default, (bool, int, float, str)):
-        made["default"] = default
-    return made
-
-
-def _value(kind: click.ParamType[Any]) -> dict[str, Any]:
-    if isinstance(kind, click.Choice):
-        return {"enum": list(kind.choices)}
-    if isinstance(kind, click.types.BoolParamType):
-        return {"type": "boolean"}
-    names = {"integer": "integer", "integer range": "integer", "float": "number", "float range": "number"}
-    made: dict[str, Any] = {"type": names.get(kind.name, "string")}
-    if made["type"] == "string":
-        made["type"] = ["string", "number"]  # a title may be all digits
-    for key, bound in (("minimum", "min"), ("maximum", "max")):
-        if getattr(kind, bound, None) is not None:
-            made[key] = getattr(kind, bound)
-    return made
 
 
 def _between(path: Path, marker: str, text: str) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import toy
+import yaml
 from support import ROOT
 
 from tuneutils.shared import docs
 from tuneutils.shared.man import manual_page
+from tuneutils.shared.schema import schema
 
 
 def test_nothing_generated_is_out_of_date() -> None:
@@ -64,12 +65,11 @@ class TestSchema:
     @pytest.fixture(scope="class")
     def validator(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
         root = tmp_path_factory.mktemp("root")
-        shutil.copy(ROOT / "LICENSE", root)
         (root / "pyproject.toml").write_text(
             '[project]\nname = "x"\n[project.entry-points."tuneutils.tools"]\n'
             'toy-copy = "toy:copy"\ntoy-group = "toy:group"\n'
         )
-        made = docs.schema(docs.entries(root))
+        made = schema({e.name: e.load() for e in docs.entries(root)}, root)
         jsonschema.Draft202012Validator.check_schema(made)
         assert set(made["$defs"]) == {"toy-copy", "toy-group one", "toy-group two"}
         return jsonschema.Draft202012Validator(made["$defs"]["toy-copy"])
@@ -113,7 +113,69 @@ class TestSchema:
         assert properties["rank"]["default"] == 4
 
 
+class TestPipeline:
+    PIPELINE = """
+stages:
+  one:
+    cmd: toy-copy ${in.file} ${in.options} -o out.jsonl
+  two:
+    foreach: ${methods}
+    do:
+      cmd: $LAUNCH toy-group two ${common} ${item} ${common.seed} ${key}
+  three:
+    cmd: echo ${unknown.tool}
+  four:
+    foreach: ${nested}
+    do:
+      cmd: toy-copy ${item.file} ${item.options}
+"""
+    PARAMS = """
+in: {file: a.jsonl, options: {rank: 3, tags: [a, b]}}
+common: {seed: 1}
+methods: {x: {rank: 1}, y: {rank: 2}}
+nested: {x: {file: a.jsonl, options: {rank: 1}}}
+"""
+
+    @pytest.fixture
+    def made(self, tmp_path: Path) -> dict[str, Any]:
+        (tmp_path / "dvc.yaml").write_text(self.PIPELINE)
+        (tmp_path / "params.yaml").write_text(self.PARAMS)
+        return schema({"toy-copy": toy.copy, "toy-group": toy.group}, tmp_path)
+
+    def test_accepts_what_it_was_made_for(self, made: dict[str, Any]) -> None:
+        jsonschema.validate(yaml.safe_load(self.PARAMS), made)
+        jsonschema.validate({"methods": {"z": {"rank": 64}}}, made)
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            {"in": {"options": {"rnak": 3}}},
+            {"in": {"optoins": {"rank": 3}}},
+            {"common": {"rank": "x"}},
+            {"methods": {"x": {"rank": 65}}},
+            {"methods": {"x": 3}},
+            {"unknown": {"tool": 3}},
+            {"nested": {"y": {"options": {"rank": 0}}}},
+            {"nested": {"y": {"optoins": {"rank": 1}}}},
+        ],
+    )
+    def test_refuses(self, made: dict[str, Any], params: dict[str, Any]) -> None:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(params, made)
+
+
+def tools_schema() -> dict[str, Any]:
+    return schema({e.name: e.load() for e in docs.entries()}, ROOT)
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))], ids=lambda p: p.name
+)
+def test_our_own_parameters_are_valid(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text()), tools_schema())
+
+
 def test_every_default_of_every_tool_is_valid() -> None:
-    for name, definition in docs.schema(docs.entries())["$defs"].items():
+    for definition in tools_schema()["$defs"].values():
         section = {k: v["default"] for k, v in definition["properties"].items() if "default" in v}
-        jsonschema.validate(section, definition), name
+        jsonschema.validate(section, definition)
