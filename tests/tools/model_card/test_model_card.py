@@ -292,9 +292,13 @@ def test_values_cannot_become_markup(workdir) -> None:
     path = write_jsonl(Path(name), tiny_records("text", 2))
     sidecar(run("data-import", name), path, [], licence="*Bold* | <i>", source="pypi:a|b==1!/c")
     text = card(name, "-o", "-")
-    outside = re.sub(r"(?s)(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
-    assert "](y)" not in outside
-    assert "<b>" not in outside
+    markdown_it = pytest.importorskip("markdown_it")
+    tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
+    found = {t.type for token in tokens for t in [token, *(token.children or [])]}
+    assert "table_open" in found
+    assert not found & {"link_open", "html_inline", "html_block", "image", "em_open"}
+    widths = [line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("| `")]
+    assert set(widths) <= {3, 4}
     assert "\\*Bold\\* \\| \\<i\\>" in text
 
 
