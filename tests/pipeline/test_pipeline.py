@@ -1,0 +1,69 @@
+"""The pipeline's files agree with the tools: dependencies, parameters, profiles."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"pipeline_{name}", ROOT / "pipeline" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+
+
+def profile(name: str) -> dict[str, Any]:
+    base = read("profiles/default.yaml")
+    return base if name == "default" else load("profile").overlay(base, read(f"profiles/{name}.yaml"))
+
+
+def test_stages_depend_on_the_code_that_they_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("deps").main(write=False) == 0, capsys.readouterr().out
+
+
+def test_params_are_the_default_profile() -> None:
+    assert read("params.yaml") == read("profiles/default.yaml")
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "profiles").glob("*.yaml"))])
+def test_every_profile_holds_only_options_that_the_tools_have(name: str) -> None:
+    jsonschema.validate(profile(name), json.loads((ROOT / "params.schema.json").read_text()))
+
+
+def test_a_misspelt_option_in_a_profile_is_refused() -> None:
+    wrong = profile("default")
+    wrong["tune"]["learnig_rate"] = 1.0
+    with pytest.raises(jsonschema.ValidationError, match="learnig_rate"):
+        jsonschema.validate(wrong, json.loads((ROOT / "params.schema.json").read_text()))
+
+
+def test_an_unknown_key_in_an_overlay_is_refused() -> None:
+    with pytest.raises(SystemExit, match="unknown key 'tuen'"):
+        load("profile").overlay({"tune": {}}, {"tuen": {}})
+
+
+def test_there_are_fewer_than_fifty_stages() -> None:
+    stages = read("dvc.yaml")["stages"]
+    methods = len(profile("default")["methods"])
+    assert sum(methods if "foreach" in s else 1 for s in stages.values()) < 50
+
+
+def test_nine_methods_are_compared() -> None:
+    wanted = {"full", "lora", "qlora", "houlsby", "pfeiffer", "llama-adapter", "prefix", "prompt", "ia3"}
+    assert wanted <= set(profile("default")["methods"])
