@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -99,9 +99,9 @@ def plan(adapter: Adapter, base: Base) -> Plan:
 
 def _module_edits(
     adapter: Adapter, base: Base, module: str, parts: Mapping[str, str]
-) -> dict[str, dict[str, object]]:
-    weight: dict[str, object] = {}
-    bias: dict[str, object] = {}
+) -> dict[str, dict[str, Any]]:
+    weight: dict[str, Any] = {}
+    bias: dict[str, Any] = {}
     transposed = module in base.structure.conv1d
     for part, target in (("base_layer.weight", weight), ("base_layer.bias", bias)):
         if part in parts:

@@ -228,3 +228,11 @@ def test_manifest_names_inputs_and_licence(bases, adapt, click_cli, workdir) -> 
     again = click_cli("adapter-merge", adapter, "-o", "merged")
     assert again.code == 0
     assert "up to date" in again.stderr
+
+
+def test_pefts_merge_of_a_tied_embedding_changes_both_sides(bases, adapt) -> None:
+    """Why tied embeddings are untied here: PEFT's merged model is not the adapted one."""
+    adapter = adapt(bases["tied"], TIED["embedding"], std=0.3)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["tied"]), adapter)
+    before = logits(model)
+    assert float((logits(model.merge_and_unload()) - before).abs().max()) > 1e-3
