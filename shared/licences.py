@@ -83,13 +83,15 @@ def from_npm(archive: OpenArchive) -> str:
 
 
 def from_debian(archive: OpenArchive, package: str) -> str:
-    """The licences that ``debian/copyright`` names (DEP-5), joined, or told from its text."""
+    """The licences that ``debian/copyright`` names (DEP-5), joined; of free text, the only one it quotes."""
     name = f"usr/share/doc/{package}/copyright"
     if name not in set(archive.names()):
         return UNKNOWN
     text = archive.read(name).decode("utf-8", errors="replace")
-    named = re.findall(r"^License:[ \t]*(\S.*?)\s*$", text, flags=re.MULTILINE)
-    return " AND ".join(dict.fromkeys(named)) or of_text(text)
+    if text.startswith("Format:"):
+        named = re.findall(r"^License:[ \t]*(\S.*?)\s*$", text, flags=re.MULTILINE)
+        return " AND ".join(dict.fromkeys(named)) or UNKNOWN
+    return of_text(text) if sum(bool(re.search(p, text)) for p, _ in _TEXTS) == 1 else UNKNOWN
 
 
 def from_hub_card(card: Any) -> str:

@@ -17,7 +17,7 @@ import pytest
 from tuneutils.shared import licences
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.pypi import parse_page
-from tuneutils.shared.registries import extract
+from tuneutils.shared.registries import extract, open_archive
 from tuneutils.shared.sources import BUILTINS, Source, parse, resolve
 
 METADATA = "Metadata-Version: 2.4\nName: demo-data\nVersion: 1.0\nLicense-Expression: CC0-1.0\n"
@@ -304,6 +304,24 @@ def test_licence_of_a_hub_card() -> None:
     assert licences.from_card_text("---\nlicense: cc-by-sa-4.0\ntags: [x]\n---\n# A") == "CC-BY-SA-4.0"
     assert licences.from_card_text("---\nlicense: other\nlicense_name: gemma\n---\n") == "gemma"
     assert licences.from_card_text("# no head") == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Format: https://x/1.0/\n\nFiles: *\nLicense: GPL-2+\n text\n\nFiles: b\nLicense: MIT\n",
+            "GPL-2+ AND MIT",
+        ),
+        ("It was downloaded from x.\nLicense: you may do this and that\n", "unknown"),
+        ("Permission is hereby granted, free of charge, to any person", "MIT"),
+        ("Permission is hereby granted, free of charge\nGNU GENERAL PUBLIC LICENSE Version 2", "unknown"),
+    ],
+)
+def test_licence_of_a_debian_package(workdir: Path, text: str, expected: str) -> None:
+    archive = make_tar(workdir / "data.tar.gz", {"./usr/share/doc/demo/copyright": text.encode()})
+    with open_archive(archive) as opened:
+        assert licences.from_debian(opened, "demo") == expected
 
 
 def test_builtins_are_pinned() -> None:
