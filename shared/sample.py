@@ -87,6 +87,7 @@ def generate(
     pad_token_id: int = 0,
     on_token: OnToken | None = None,
     return_logprobs: bool = False,
+    row_ids: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Complete each prompt; results are in the prompts' order.
 
@@ -97,12 +98,13 @@ def generate(
         batch_size: rows in the KV cache at once.
         pad_token_id: any token; pads are masked.
         on_token: called with a prompt's index and each of its new tokens as they come.
+        row_ids: what seeds each row's draws instead of its index, for a share of a larger batch.
 
     Raises:
         ToolError: on an empty prompt, or one that fills the model's context.
     """
     base = unwrap(model)
-    rows = _rows(model, base, prompts, sampling)
+    rows = _rows(model, base, prompts, sampling, row_ids)
     waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.index))  # the longest is taken first
     engine = _Engine(model, base, sampling, pad_token_id, on_token, return_logprobs)
     batch: _Batch | None = None
@@ -134,7 +136,11 @@ class _Row:
 
 
 def _rows(
-    model: nn.Module, base: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: nn.Module,
+    base: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    row_ids: Sequence[int] | None,
 ) -> list[_Row]:
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     context = (getattr(base.config, "max_position_embeddings", None) or 1 << 40) - virtual
@@ -145,7 +151,8 @@ def _rows(
                 f"prompt {index} has {len(prompt)} tokens; the model's context takes 1 to {context - 1}"
             )
         limit = min(sampling.max_new_tokens, context - len(prompt))
-        uniforms = np.random.default_rng((sampling.seed, index)).random(limit)
+        row_id = index if row_ids is None else row_ids[index]
+        uniforms = np.random.default_rng((sampling.seed, row_id)).random(limit)
         rows.append(_Row(index, prompt, limit, uniforms))
     return rows
 

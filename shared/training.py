@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from tuneutils.shared.checkpoints import mark_complete
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.logprobs_model import causal_nll
 from tuneutils.shared.supervise import IGNORE, Encoded
@@ -32,7 +31,6 @@ from tuneutils.shared.supervise import IGNORE, Encoded
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
 LOGGED = ("step", "loss", "learning_rate", "grad_norm", "eval_loss")
 
@@ -295,7 +293,7 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]
             torch.distributed.barrier()  # each process writes its own random state
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / COMPLETE).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+            mark_complete(folder)
 
 
 class StopOnNaN(TrainerCallback):  # type: ignore[misc]
@@ -317,46 +315,3 @@ class StopOnNaN(TrainerCallback):  # type: ignore[misc]
                     "or --dtype float32",
                     code=ExitCode.GATE_FAILED,
                 )
-
-
-def last_checkpoint(folder: Path, identity: str) -> Path | None:
-    """The newest whole checkpoint of the same run; anything half written or of another run is removed.
-
-    Args:
-        folder: where the trainer keeps its ``checkpoint-N`` folders.
-        identity: a hash over all that decides the result; kept in ``folder/identity``.
-    """
-    mark = folder / "identity"
-    if not mark.is_file() or mark.read_text() != identity:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(identity)
-        return None
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
-            whole.append(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != COMPLETE)
-    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in found}
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end and not half removed since."""
-    try:
-        listed = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(listed == _sizes(folder))
-
-
-def run_identity(*parts: Any) -> str:
-    """SHA-256 over what decides a run's result, to tell whose a checkpoint is."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -5,31 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuneutils.shared.command import option
-
-#: method → (PEFT type or "", default learning rate, one line on what it is)
-METHODS: dict[str, tuple[str, float, str]] = {
-    "full": ("", 2e-5, "every weight"),
-    "lora": ("LORA", 2e-4, "low-rank updates of all linear layers (Hu et al. 2021)"),
-    "qlora": ("LORA", 2e-4, "LoRA over a 4-bit base (Dettmers et al. 2023)"),
-    "houlsby": ("BOTTLENECK", 1e-3, "bottlenecks after attention and MLP (Houlsby et al. 2019)"),
-    "pfeiffer": ("BOTTLENECK", 1e-3, "a bottleneck after the MLP (Pfeiffer et al. 2021)"),
-    "parallel": ("BOTTLENECK", 1e-3, "a bottleneck beside the MLP (He et al. 2022)"),
-    "llama-adapter": ("ADAPTION_PROMPT", 5e-3, "gated prompts in attention (Zhang et al. 2023)"),
-    "prefix": ("PREFIX_TUNING", 5e-3, "learned keys and values (Li & Liang 2021)"),
-    "p-tuning": ("P_TUNING", 1e-3, "a prompt written by a small network (Liu et al. 2021)"),
-    "prompt": ("PROMPT_TUNING", 1e-2, "learned input embeddings (Lester et al. 2021)"),
-    "ia3": ("IA3", 5e-3, "learned rescaling of keys, values and MLP (Liu et al. 2022)"),
-}
-OTHER_LEARNING_RATE = 1e-3
-
-#: PEFT methods that a plain causal-language-model loss cannot train → why
-UNSUPPORTED = {
-    "adalora": "its rank allocation and orthogonality loss need a training loop of their own",
-    "multitask-prompt-tuning": "it needs a task id with every record",
-    "poly": "it needs a task id with every record",
-    "shadow": "it trains a second model beside the first",
-    "xlora": "it mixes adapters that are trained already",
-}
+from tuneutils.shared.methods import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
+from tuneutils.shared.methods import apply_method, check_method, learning_rate, quantization
 from tuneutils.shared.models import load_tokenizer, parameter_counts, resolve
-from tuneutils.tools.lora_tune.methods import apply_method, check_method, learning_rate, quantization
 from tuneutils.tools.lora_tune.params import Params
 
 

@@ -8,10 +8,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tuneutils.shared.artifact import Artifact, write_json
+from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.methods import (
+    apply_method,
+    check_method,
+    learning_rate,
+    quantization,
+    settle_adapter_config,
+)
 from tuneutils.shared.models import (
     ModelRef,
     context_length,
@@ -31,7 +38,6 @@ from tuneutils.tools.lora_tune.examples import (
     print_labels,
     world_size,
 )
-from tuneutils.tools.lora_tune.methods import apply_method, check_method, learning_rate, quantization
 from tuneutils.tools.lora_tune.params import Params
 
 
@@ -251,7 +257,7 @@ def _callbacks(run: Run[Params], art: Artifact) -> list[Any]:
 def _resume_point(run: Run[Params], checkpoints: Path, art: Artifact) -> Path | None:
     """The checkpoint to go on from: only one of a run with the same inputs and parameters."""
     from tuneutils.shared.artifact import library_versions
-    from tuneutils.shared.training import last_checkpoint, run_identity
+    from tuneutils.shared.checkpoints import last_checkpoint, run_identity
 
     values = {k: v["value"] for k, v in run.manifest_params().items()}
     inputs = [(i.role, i.sha256) for i in art.inputs]
@@ -288,22 +294,12 @@ def _save(run: Run[Params], art: Artifact, trainer: Any, tokenizer: Any) -> None
         if params.pissa:
             kwargs["path_initial_model_for_weight_conversion"] = str(art.work / "pissa_initial")
         model.save_pretrained(art.dir, save_embedding_layers=False, **kwargs)
-        _settle_adapter_config(art.dir)
+        settle_adapter_config(art.dir)
     (art.dir / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(art.dir)
     with open(art.dir / "log.jsonl", "w", encoding="utf-8") as stream:
         for line in trainer.log_lines():
             stream.write(json.dumps(line) + "\n")
-
-
-def _settle_adapter_config(folder: Path) -> None:
-    """PEFT writes its sets in hash order: sort them, so that the file's bytes repeat."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
-        if isinstance(config.get(key), list):
-            config[key] = sorted(config[key])
-    write_json(path, dict(sorted(config.items())))
 
 
 def _record(

@@ -1,23 +1,90 @@
-"""From a method's name to a model with just the right parameters trainable."""
+"""Fine-tuning methods: from a method's name to a model with just the right parameters trainable.
+
+Importing this module loads no heavy library.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
 from tuneutils.shared.errors import ExitCode, ToolError, nearest
-from tuneutils.tools.lora_tune.params import METHODS, OTHER_LEARNING_RATE, UNSUPPORTED, Params
+from tuneutils.shared.manifest import write_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
+#: method → (PEFT type or "", default learning rate, one line on what it is)
+METHODS: dict[str, tuple[str, float, str]] = {
+    "full": ("", 2e-5, "every weight"),
+    "lora": ("LORA", 2e-4, "low-rank updates of all linear layers (Hu et al. 2021)"),
+    "qlora": ("LORA", 2e-4, "LoRA over a 4-bit base (Dettmers et al. 2023)"),
+    "houlsby": ("BOTTLENECK", 1e-3, "bottlenecks after attention and MLP (Houlsby et al. 2019)"),
+    "pfeiffer": ("BOTTLENECK", 1e-3, "a bottleneck after the MLP (Pfeiffer et al. 2021)"),
+    "parallel": ("BOTTLENECK", 1e-3, "a bottleneck beside the MLP (He et al. 2022)"),
+    "llama-adapter": ("ADAPTION_PROMPT", 5e-3, "gated prompts in attention (Zhang et al. 2023)"),
+    "prefix": ("PREFIX_TUNING", 5e-3, "learned keys and values (Li & Liang 2021)"),
+    "p-tuning": ("P_TUNING", 1e-3, "a prompt written by a small network (Liu et al. 2021)"),
+    "prompt": ("PROMPT_TUNING", 1e-2, "learned input embeddings (Lester et al. 2021)"),
+    "ia3": ("IA3", 5e-3, "learned rescaling of keys, values and MLP (Liu et al. 2022)"),
+}
+OTHER_LEARNING_RATE = 1e-3
+
+#: PEFT methods that a plain causal-language-model loss cannot train → why
+UNSUPPORTED = {
+    "adalora": "its rank allocation and orthogonality loss need a training loop of their own",
+    "multitask-prompt-tuning": "it needs a task id with every record",
+    "poly": "it needs a task id with every record",
+    "shadow": "it trains a second model beside the first",
+    "xlora": "it mixes adapters that are trained already",
+}
+
 #: PEFT methods that change other modules than linear layers, and know which.
 NOT_LINEAR = ("adaption-prompt", "beft", "ln-tuning", "trainable-tokens")
 
 
-def check_method(params: Params) -> None:
+class MethodParams(Protocol):
+    """The parameters of a tool that say how its model is tuned."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def learning_rate(self) -> float | None: ...
+    @property
+    def lora_rank(self) -> int: ...
+    @property
+    def lora_alpha(self) -> int | None: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def target_modules(self) -> tuple[str, ...]: ...
+    @property
+    def dora(self) -> bool: ...
+    @property
+    def rslora(self) -> bool: ...
+    @property
+    def pissa(self) -> bool: ...
+    @property
+    def loraplus_ratio(self) -> float: ...
+    @property
+    def quantization(self) -> str | None: ...
+    @property
+    def reduction_factor(self) -> float: ...
+    @property
+    def virtual_tokens(self) -> int: ...
+    @property
+    def adapter_layers(self) -> int | None: ...
+    @property
+    def peft_option(self) -> tuple[str, ...]: ...
+
+
+def check_method(params: MethodParams) -> None:
     """Refuse an unknown method, and options that the method would ignore.
 
     Raises:
@@ -48,19 +115,19 @@ def check_method(params: Params) -> None:
         raise ToolError("--pissa changes the base's weights, which 4-bit storage cannot", code=ExitCode.USAGE)
 
 
-def quantization(params: Params) -> str | None:
+def quantization(params: MethodParams) -> str | None:
     """The 4-bit scheme of the base, if any."""
     return params.quantization or ("nf4-double" if params.method == "qlora" else None)
 
 
-def learning_rate(params: Params) -> float:
+def learning_rate(params: MethodParams) -> float:
     """The rate given, or the method's own."""
     if params.learning_rate is not None:
         return params.learning_rate
     return METHODS[params.method][1] if params.method in METHODS else OTHER_LEARNING_RATE
 
 
-def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: Params, init_text: str) -> Any:
+def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: MethodParams, init_text: str) -> Any:
     """The model with its adapter in place; for ``full``, the model with every weight trainable.
 
     Args:
@@ -80,7 +147,7 @@ def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: Params,
     return made
 
 
-def peft_config(params: Params, model_config: Any, init_text: str = "") -> PeftConfig:
+def peft_config(params: MethodParams, model_config: Any, init_text: str = "") -> PeftConfig:
     """The PEFT config of a method, with ``--peft-option`` on top.
 
     Raises:
@@ -104,12 +171,12 @@ def peft_config(params: Params, model_config: Any, init_text: str = "") -> PeftC
         raise _refused(params, exc) from exc
 
 
-def _refused(params: Params, exc: Exception) -> ToolError:
+def _refused(params: MethodParams, exc: Exception) -> ToolError:
     reason = " ".join(str(exc).split())[:300]
     return ToolError(f"--method {params.method}: PEFT refuses: {reason}", code=ExitCode.USAGE)
 
 
-def peft_options(params: Params) -> dict[str, Any]:
+def peft_options(params: MethodParams) -> dict[str, Any]:
     """``KEY=VALUE`` pairs, values read as YAML."""
     import yaml
 
@@ -134,7 +201,7 @@ def _peft_configs() -> dict[str, type[PeftConfig]]:
     return {getattr(k, "value", str(k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def _method_options(params: Params, model_config: Any, init_text: str) -> dict[str, Any]:
+def _method_options(params: MethodParams, model_config: Any, init_text: str) -> dict[str, Any]:
     """PEFT's fields for our options; those that a config lacks are left out by the caller."""
     targets: Any = list(params.target_modules) or "all-linear"
     alpha = params.lora_alpha if params.lora_alpha is not None else 2 * params.lora_rank
@@ -195,3 +262,13 @@ def _prefix_from_text(model: Any, tokenizer: PreTrainedTokenizerBase, text: str,
     with torch.no_grad():
         cache = base(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache, num_virtual_tokens=length)
+
+
+def settle_adapter_config(folder: Path) -> None:
+    """PEFT writes its sets in hash order: sort them, so that the file's bytes repeat."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "modules_to_save", "feedforward_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    write_json(path, dict(sorted(config.items())))
