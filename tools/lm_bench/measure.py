@@ -227,7 +227,7 @@ def _bytes_on_disk(ref: ModelRef) -> int | None:
 
 def _examine(run: Run[Params], loaded: Loaded, exam: Exam) -> list[Item]:
     if isinstance(exam.source, Task):
-        return _run_task(run.params, loaded, exam.source)
+        return run_task(run.params, loaded, exam.source)
     if exam.kind == "generation":
         return check_answers(run, loaded, exam.source)
     sequences = []
@@ -248,7 +248,7 @@ def _limits(params: Params, loaded: Loaded, *, with_stride: bool = True) -> dict
     return {"max_length": longest, "batch_tokens": params.batch_tokens, **stride}
 
 
-def _run_task(params: Params, loaded: Loaded, task: Task) -> list[Item]:
+def run_task(params: Params, loaded: Loaded, task: Task) -> list[Item]:
     try:
         if task.output_type == "loglikelihood_rolling":
             return _rolling(params, loaded, task)

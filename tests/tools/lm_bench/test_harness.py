@@ -49,7 +49,7 @@ def both(tiny_model: Path, workdir: Path, cli: Callable[..., Result]) -> Callabl
     [
         ({}, ()),
         ({"num_fewshot": 2, "fewshot_split": "test", "description": "Proverbs.\n\n"}, ()),
-        ({"target_delimiter": "", "doc_to_text": "{{question}}"}, ("--max-length", "9")),
+        ({"target_delimiter": "", "doc_to_text": "{{question}}"}, ("--max-length", "14")),
         ({"doc_to_text": ""}, ()),
     ],
     ids=["plain", "few-shot", "spaces and truncation", "empty context"],
