@@ -12,6 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama
 
 from tuneutils.shared.fused_ops import CausalAttention, RMSNorm, Rotary, SwiGLU, fused_ops
+from tuneutils.shared.logprobs_model import causal_nll
 
 
 def doubles(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -103,3 +104,15 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
 def test_norms_that_learn_are_left_alone(tiny_model: Any) -> None:
     with fused_ops(AutoModelForCausalLM.from_pretrained(tiny_model)) as counts:
         assert counts["norms"] == 0
+
+
+def test_right_padding_needs_no_mask(tiny_model: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(2, 26).view(2, 12)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[0, 7:], labels[0, 7:] = 0, -100
+    losses = [causal_nll(model, ids, given, labels) for given in (mask, None)]
+    made = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    for without, with_mask in zip(made[1], made[0], strict=True):
+        assert (without - with_mask).norm() <= 1e-6 * with_mask.norm()
