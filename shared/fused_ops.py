@@ -184,7 +184,8 @@ def _replaceable(
 
 def _same_output(layer: nn.Module, forward: Any) -> bool:
     width = getattr(layer, "hidden_size", None) or next(layer.parameters()).shape[-1]
-    dtype = next(layer.parameters()).dtype
+    floating = (p.dtype for p in layer.parameters() if p.is_floating_point())  # 4-bit weights are bytes
+    dtype = next(floating, torch.float32)
     probe = torch.randn(3, 4, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         outputs = [run(probe) for run in (forward, layer) if torch.manual_seed(0)]
