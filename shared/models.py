@@ -334,8 +334,8 @@ def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     return next((t for t in preferred if "pad" in t.lower() or "empty" in t.lower()), preferred[-1])
 
 
-def context_length(ref: ModelRef, *, trust_remote_code: bool = False) -> int | None:
-    """The longest sequence, in tokens, that a model's positions were made for; None where it has no limit."""
+def load_config(ref: ModelRef, *, trust_remote_code: bool = False) -> Any:
+    """The Transformers config of a model, or of an adapter's base, without its weights."""
     from transformers import AutoConfig
 
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -348,9 +348,14 @@ def context_length(ref: ModelRef, *, trust_remote_code: bool = False) -> int | N
     elif root.kind == "hub":
         kwargs["revision"] = root.revision
     try:
-        config = AutoConfig.from_pretrained(source, **kwargs)
+        return AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError) as exc:
         raise ToolError(f"{ref.given}: cannot load: {' '.join(str(exc).split())[:300]}") from exc
+
+
+def context_length(ref: ModelRef, *, trust_remote_code: bool = False) -> int | None:
+    """The longest sequence, in tokens, that a model's positions were made for; None where it has no limit."""
+    config = load_config(ref, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -6,25 +6,54 @@ from typing import Any
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
+from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.methods import apply_method, check_method, learning_rate, quantization
-from tuneutils.shared.models import load_tokenizer, parameter_counts, resolve
+from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts, resolve
 from tuneutils.tools.lora_tune.params import Params
+
+#: Methods that pass a cache of keys and values, which recomputed layers would extend a second time.
+CACHED = ("prefix", "prefix-tuning", "cartridge")
+
+
+def check_options(params: Params) -> ModelRef:
+    """Refuse options that do not go together; gives the model to tune.
+
+    Raises:
+        ToolError: exit 2, or what ``models.resolve`` raises.
+    """
+    check_method(params)
+    if params.patience and not (params.heldout and params.eval_every):
+        raise ToolError("--patience needs --heldout and --eval-every", code=ExitCode.USAGE)
+    if params.gradient_checkpointing and params.method in CACHED:
+        raise ToolError(
+            f"--gradient-checkpointing: {params.method} passes a cache, which recomputed layers would extend",
+            code=ExitCode.USAGE,
+        )
+    base = resolve(params.model)
+    if base.kind == "adapter":
+        raise ToolError(
+            f"{params.model}: is an adapter; merge it into its base first (adapter-merge)",
+            code=ExitCode.USAGE,
+        )
+    return base
 
 
 def plan(run: Run[Params]) -> dict[str, Any]:
     """Trainable and total parameters, and an estimate of the peak memory in bytes."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     params = run.params
-    check_method(params)
-    base = resolve(params.model)
+    base = check_options(params)
     dtype = resolve_dtype(run.dtype, resolve_device(run.device))
     if base.kind == "gguf":
         return {"dtype": dtype_name(dtype), "learning_rate": learning_rate(params)}
-    config = AutoConfig.from_pretrained(base.path, revision=base.revision)
+    config = load_config(base, trust_remote_code=params.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=params.trust_remote_code
+        )
+        model.requires_grad_(False)
         bare = params.__class__(**{**vars(params), "pissa": False})
         if params.method in ("prefix", "prompt"):
             counts = _prompt_counts(model, params)

@@ -11,10 +11,8 @@ from typing import Any
 from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
-from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.methods import (
     apply_method,
-    check_method,
     learning_rate,
     quantization,
     settle_adapter_config,
@@ -39,6 +37,7 @@ from tuneutils.tools.lora_tune.examples import (
     world_size,
 )
 from tuneutils.tools.lora_tune.params import Params
+from tuneutils.tools.lora_tune.plan import check_options
 
 
 def tune(run: Run[Params]) -> dict[str, Any]:
@@ -51,13 +50,7 @@ def tune(run: Run[Params]) -> dict[str, Any]:
     if not is_main():
         run.quiet = True
         run.log.setLevel("ERROR")
-    check_method(params)
-    base = resolve(params.model)
-    if base.kind == "adapter":
-        raise ToolError(
-            f"{params.model}: is an adapter; merge it into its base first (adapter-merge)",
-            code=ExitCode.USAGE,
-        )
+    base = check_options(params)
     source = open_source(run, run.inputs, "records")
     heldout = open_source(run, [params.heldout], "heldout") if params.heldout else None
     inputs = [model_input(params.model), *source.inputs, *(heldout.inputs if heldout else [])]
@@ -175,8 +168,6 @@ def _config(run: Run[Params], folder: Path, dtype: Any, examples: int, heldout: 
     per_epoch = math.ceil(examples / (params.batch_size * params.gradient_accumulation * world_size()))
     steps = params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
     evaluates = heldout and params.eval_every > 0
-    if params.patience and not evaluates:
-        raise ToolError("--patience needs --heldout and --eval-every", code=ExitCode.USAGE)
     # The best checkpoint can be kept only if each evaluation saves one.
     save_every = params.eval_every if params.patience else params.checkpoint_every
     return SFTConfig(

@@ -91,7 +91,15 @@ def test_launchers(
     run = {
         "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", module],
         "accelerate": [
-            *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+            *(
+                "-m",
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_processes",
+                "2",
+                "--num_machines",
+                "1",
+            ),
             *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", module),
         ],
     }[launcher]
