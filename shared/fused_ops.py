@@ -19,7 +19,9 @@ import torch.nn.functional as F  # isort: skip
 from torch import Tensor, nn
 
 #: Queries whose scores are formed at once in attention's backward pass.
-QUERY_BLOCK = 256
+QUERY_BLOCK = 128
+#: Scores that are formed at once where several short sequences fit.
+SCORES = 1 << 19
 
 
 class RMSNorm(torch.autograd.Function):
@@ -30,10 +32,11 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        inverse = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return wide.mul_(inverse).to(x.dtype) * weight
+        return x.to(wide, copy=True).mul_(inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -103,40 +106,42 @@ class CausalAttention(torch.autograd.Function):
         q, k, v, out, logsumexp = ctx.saved_tensors
         grads = [torch.empty_like(t) for t in (q, k, v)]
         delta = torch.linalg.vecdot(grad.to(logsumexp.dtype), out.to(logsumexp.dtype))
-        for row in range(len(q)):
-            given = (q[row], k[row], v[row], grad[row], logsumexp[row], delta[row])
-            _attention_row(*given, ctx.scale, [g[row] for g in grads])
+        rows = max(1, SCORES // (q.shape[1] * q.shape[2] * min(q.shape[2], QUERY_BLOCK)))
+        for start in range(0, len(q), rows):
+            given = (t[start : start + rows] for t in (q, k, v, grad, logsumexp, delta))
+            _attention_backward(*given, ctx.scale, [g[start : start + rows] for g in grads])
         return (*grads, None)
 
 
-def _attention_row(
+def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, logsumexp: Tensor, delta: Tensor, scale: float, out: Any
 ) -> None:
-    """Gradients of one sequence, q ``(H, T, D)``, k and v ``(K, T, D)``, into ``out``.
+    """Gradients of a few sequences, q ``(B, H, T, D)``, k and v ``(B, K, T, D)``, into ``out``.
 
     The heads that share a key head are rows of one product. The logsumexp and delta enter the products as
     extra columns: they are subtracted before the result is rounded to q's precision, not after.
     """
-    (heads, length, dim), groups = q.shape, len(k)
-    scaled = _with_columns(q * scale, -logsumexp).view(groups, heads // groups, length, -1)
-    grad = _with_columns(grad, -delta).view(groups, heads // groups, length, -1)
-    extra = scaled.shape[-1] - dim
-    k, v = (F.pad(t, (0, extra), value=1.0) for t in (k, v))
-    grad_k, grad_v = (torch.zeros(groups, length, dim, dtype=logsumexp.dtype) for _ in range(2))
-    grad_q = out[0].view(groups, heads // groups, length, dim)
+    (batch, heads, length, dim), groups = q.shape, k.shape[1]
+    per_group = (batch * groups, heads // groups, length)
+    scaled = _with_columns(q * scale, -logsumexp).view(*per_group, -1)
+    grad = _with_columns(grad, -delta).view(*per_group, -1)
+    width = scaled.shape[-1]
+    k, v = (F.pad(t, (0, width - dim), value=1.0).flatten(0, 1) for t in (k, v))
+    grad_k, grad_v = (torch.zeros(len(k), length, dim, dtype=logsumexp.dtype) for _ in range(2))
+    grad_q = out[0].unflatten(1, (groups, -1))
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
-        q_block = scaled[:, :, start:end].reshape(groups, -1, dim + extra)
-        g_block = grad[:, :, start:end].reshape(groups, -1, dim + extra)
+        q_block = scaled[:, :, start:end].reshape(len(k), -1, width)
+        g_block = grad[:, :, start:end].reshape(len(k), -1, width)
         scores = torch.bmm(q_block, k[:, :end].mT)
-        probs = scores.exp_().view(groups, -1, end - start, end).tril_(start).view_as(scores)
+        probs = scores.exp_().view(len(k), -1, end - start, end).tril_(start).view_as(scores)
         grad_scores = torch.bmm(g_block, v[:, :end].mT).mul_(probs)
         grad_v[:, :end] += torch.bmm(probs.mT, g_block[..., :dim])
         grad_k[:, :end] += torch.bmm(grad_scores.mT, q_block[..., :dim])
         block = torch.bmm(grad_scores, k[:, :end, :dim]).mul_(scale)
-        grad_q[:, :, start:end] = block.view(groups, -1, end - start, dim)
-    out[1].copy_(grad_k)
-    out[2].copy_(grad_v)
+        grad_q[..., start:end, :] = block.view(batch, groups, -1, end - start, dim)
+    out[1].copy_(grad_k.view_as(out[1]))
+    out[2].copy_(grad_v.view_as(out[2]))
 
 
 def _with_columns(x: Tensor, values: Tensor) -> Tensor:
