@@ -1,0 +1,1 @@
+"""train: align a model with a reward by PPO: learned, programmed or served."""

@@ -1,0 +1,279 @@
+"""The models of a run: the policy, its reference, and the value model, and what each says of a batch.
+
+The reference is the policy with its adapter off, or a frozen copy when every weight is trained. The value
+model is a linear head on the policy's own hidden states, or the reward model's trunk with a copy of its
+head; under a PEFT method that trunk gets a LoRA adapter, and with the adapter off it is still the reward
+model, so that its weights are held once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
+
+import torch  # isort: skip
+from torch import Tensor, nn
+
+from tuneutils.shared.command import Run
+from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.logprobs_model import sequence_logprobs, unwrap
+from tuneutils.shared.methods import apply_method, learning_rate, quantization
+from tuneutils.shared.models import ModelRef, keep_4bit_layout, load_base
+from tuneutils.tools.ppo_run.params import Params
+from tuneutils.tools.ppo_run.reward_model import RewardModel
+from tuneutils.tools.ppo_run.rewards import Episode
+
+HEAD_LEARNING_RATE = 1e-4
+METHOD_SHARE = 0.1
+FULL_LEARNING_RATE = 3e-6
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of prompt and response, padded on the right. ``T`` whole length, ``R`` response length.
+
+    Attributes:
+        input_ids, attention_mask, response_mask: ``(b, T)``.
+        positions: ``(b, R)``, where each response token stands; 1 on pads.
+        mask: ``(b, R)``, 1 on real response tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    positions: Tensor
+    mask: Tensor
+
+
+def collate(episodes: Sequence[Episode], pad_id: int, width: int, where: torch.device) -> Batch:
+    """A batch of episodes whose responses are laid out over ``width`` columns."""
+    prompts = torch.tensor([len(e.prompt.ids) for e in episodes])
+    lengths = torch.tensor([len(e.response_ids) for e in episodes])
+    total = int((prompts + lengths).max())
+    rows = [[*e.prompt.ids, *e.response_ids] for e in episodes]
+    ids = torch.tensor([row + [pad_id] * (total - len(row)) for row in rows])
+    at = torch.arange(total)
+    attention = at < (prompts + lengths)[:, None]
+    response = attention & (at >= prompts[:, None])
+    column = torch.arange(width)
+    mask = column < lengths[:, None]
+    positions = torch.where(mask, prompts[:, None] + column, 1)
+    return Batch(*(t.to(where) for t in (ids, attention.long(), response, positions, mask.float())))
+
+
+class HeadOnPolicy(nn.Module):
+    """A value head on the policy's last hidden states; zero at the start, so that no value is made up."""
+
+    def __init__(self, policy: nn.Module, hidden_size: int, where: torch.device) -> None:
+        super().__init__()
+        self.head = nn.Linear(hidden_size, 1, device=where)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self._kept: list[Tensor] | None = None
+        decoder: Any = unwrap(policy)
+        decoder.get_decoder().register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self._kept is not None:
+            self._kept.append(output[0])
+
+    @contextmanager
+    def kept(self) -> Iterator[list[Tensor]]:
+        """The hidden states ``(b, T, H)`` of the forward passes made meanwhile."""
+        self._kept = []
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+
+class TrunkValue(nn.Module):
+    """A value model of its own: a decoder and a head."""
+
+    def __init__(self, trunk: Any, head: nn.Linear) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """``(b, T, H)``; rows are padded on the right, where a causal model never looks."""
+        made: Tensor = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        return made
+
+
+@dataclass
+class Actors:
+    """All models of a run.
+
+    Attributes:
+        policy: a causal model, or a PEFT model around one.
+        frozen: the reference, where it is a model of its own.
+        value: see :class:`HeadOnPolicy` and :class:`TrunkValue`.
+        needs_mask: virtual tokens come on the left, so that the attention mask must be given.
+    """
+
+    policy: Any
+    frozen: Any | None
+    value: HeadOnPolicy | TrunkValue
+    tokenizer: Any
+    pad_id: int
+    temperature: float
+    where: torch.device
+    dtype: torch.dtype
+    needs_mask: bool = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision in which policy, reference and value compute."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.where.type, dtype=self.dtype)
+
+    def policy_logprobs(
+        self, batch: Batch, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities, values and, if asked, entropies ``(b, R)`` of the response tokens, 0 on pads.
+
+        The value that belongs to a token is that of the state before it.
+        """
+        with self.autocast():
+            if isinstance(self.value, HeadOnPolicy):
+                with self.value.kept() as kept:
+                    found = self._logprobs(self.policy, batch, with_entropy)
+                hidden = kept[0][:, -batch.input_ids.shape[1] :]
+            else:
+                found = self._logprobs(self.policy, batch, with_entropy)
+                hidden = self.value.hidden(batch.input_ids)
+        logprobs, entropy = found if isinstance(found, tuple) else (found, None)
+        values = self.value.head(hidden.to(self.value.head.weight.dtype))[..., 0]
+        at_state = values.gather(1, batch.positions - 1) * batch.mask
+        return self._responses(logprobs, batch), at_state, self._entropy(entropy, batch)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities ``(b, R)`` under the reference, at the same temperature."""
+        with self.autocast():
+            if self.frozen is not None:
+                return self._responses(self._logprobs(self.frozen, batch, False), batch)
+            with self.policy.disable_adapter():
+                return self._responses(self._logprobs(self.policy, batch, False, bare=True), batch)
+
+    def _logprobs(self, model: Any, batch: Batch, with_entropy: bool, bare: bool = False) -> Any:
+        mask = batch.attention_mask if self.needs_mask and not bare else None
+        return sequence_logprobs(
+            model,
+            batch.input_ids,
+            mask,
+            batch.response_mask,
+            self.temperature,
+            with_entropy=with_entropy,  # type: ignore[call-overload]
+        )
+
+    @staticmethod
+    def _responses(values: Any, batch: Batch) -> Tensor:
+        made: Tensor = values.gather(1, batch.positions) * batch.mask
+        return made
+
+    def _entropy(self, entropy: Tensor | None, batch: Batch) -> Tensor | None:
+        return None if entropy is None else self._responses(entropy, batch)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name; ``value.`` before the value model's own."""
+        parts = {"policy": self.policy, "value": self.value}
+        return {
+            f"{part}.{name}": parameter
+            for part, module in parts.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def build_actors(
+    run: Run[Params],
+    base: ModelRef,
+    tokenizer: Any,
+    where: torch.device,
+    dtype: torch.dtype,
+    first_text: str,
+    reward_model: RewardModel | None,
+) -> Actors:
+    """Load the policy, put the method on it, and make reference and value model."""
+    params = run.params
+    # Training every weight keeps float32 masters and multiplies in the precision asked for.
+    stored = torch.float32 if params.method == "full" else dtype
+    model = load_base(base, where, stored, quantization(params), params.trust_remote_code)
+    keep_4bit_layout(model)
+    no_dropout(model)
+    model.requires_grad_(False)
+    frozen = copy.deepcopy(model) if params.method == "full" else None
+    policy = apply_method(model, tokenizer, params, first_text)
+    prompt_learning = any(c.is_prompt_learning for c in getattr(policy, "peft_config", {}).values())
+    value = _value(params, policy, reward_model, where)
+    policy.eval()
+    value.eval()
+    return Actors(
+        policy,
+        frozen,
+        value,
+        tokenizer,
+        int(tokenizer.pad_token_id),
+        params.temperature,
+        where,
+        dtype,
+        prompt_learning,
+    )
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Dropout would make old and new log-probabilities differ before any update: turn it off for good."""
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
+            module.p = 0.0
+
+
+def _value(
+    params: Params, policy: Any, reward_model: RewardModel | None, where: torch.device
+) -> HeadOnPolicy | TrunkValue:
+    from_reward = params.value == "reward" or (params.value == "auto" and reward_model is not None)
+    if not from_reward:
+        hidden_size = unwrap(policy).config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        return HeadOnPolicy(policy, int(hidden_size), where)
+    if reward_model is None:
+        raise ToolError("--value reward needs a reward model as --reward", code=ExitCode.USAGE)
+    no_dropout(reward_model.trunk)
+    head = reward_model.value_head()
+    if params.method == "full":
+        trunk = copy.deepcopy(reward_model.trunk).float().requires_grad_(True)
+        return TrunkValue(trunk, head)
+    from peft import LoraConfig, get_peft_model
+
+    # PEFT's "all-linear" spares an output layer by a model's type; a trunk has none.
+    targets = {
+        n.rpartition(".")[2] for n, m in reward_model.trunk.named_modules() if isinstance(m, nn.Linear)
+    }
+    config = LoraConfig(r=params.lora_rank, lora_alpha=2 * params.lora_rank, target_modules=sorted(targets))
+    reward_model.trunk = get_peft_model(reward_model.trunk, config)
+    return TrunkValue(reward_model.trunk, head)
+
+
+def learning_rates(params: Params) -> tuple[float, float]:
+    """First rates of the policy's weights and of the value model's."""
+    if params.learning_rate is not None:
+        policy = params.learning_rate
+    else:
+        policy = FULL_LEARNING_RATE if params.method == "full" else METHOD_SHARE * learning_rate(params)
+    value = params.value_learning_rate
+    if value is None:
+        on_policy = params.value == "policy" or (params.value == "auto" and not _names_model(params))
+        value = max(policy, HEAD_LEARNING_RATE) if on_policy else policy
+    return policy, value
+
+
+def _names_model(params: Params) -> bool:
+    from tuneutils.tools.ppo_run.rewards import kind_of
+
+    return kind_of(params.reward) == "model"

@@ -1,0 +1,40 @@
+"""``ppo-run``: reinforcement learning from a reward by PPO, and the doctor that looks before it leaps."""
+
+from __future__ import annotations
+
+from tuneutils.shared.command import Run, Summary, tool, tool_group
+from tuneutils.tools.ppo_run.params import Params
+
+main = tool_group(
+    "ppo-run",
+    group="train",
+    help="Align a model with a reward by PPO; without a subcommand, train.",
+    default="train",
+)
+
+
+@tool("train", Params, group="train", inputs="PROMPTS", output="adapter or model", parent=main)
+def train(run: Run[Params]) -> Summary:
+    """Train a model by PPO on PROMPTS: prompt, or any record that has one or messages.
+
+    The result is an adapter in PEFT's format, or with --method full a model, with its manifest. A killed
+    run goes on from its last checkpoint when started again.
+    """
+    from tuneutils.tools.ppo_run.train import train
+
+    return train(run)
+
+
+@tool("doctor", Params, group="train", inputs="PROMPTS", parent=main)
+def doctor(run: Run[Params]) -> Summary:
+    """Check a model, a reward and PROMPTS for what makes PPO fail, before any training.
+
+    Takes the options of the run that is to come; exits 1 when a check fails.
+    """
+    from tuneutils.tools.ppo_run.doctor import examine
+
+    return examine(run)
+
+
+if __name__ == "__main__":
+    main()
