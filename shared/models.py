@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +215,7 @@ def load_base(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The Transformers model of a non-adapter reference, in eval mode, on its device."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
@@ -230,9 +232,11 @@ def load_base(
         kwargs.update(use_safetensors=True, revision=ref.revision)
         source = ref.path
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError) as exc:
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, KeyError, SafetensorError) as exc:
         raise ToolError(f"{ref.given}: cannot load: {' '.join(str(exc).split())[:300]}") from exc
+    if missing := sorted(info["missing_keys"]):
+        raise ToolError(f"{ref.given}: {len(missing)} weights are not in its files, such as {missing[0]}")
     return model.eval() if device.type == "cuda" else model.eval().to(device)  # type: ignore[no-any-return]
 
 
@@ -275,12 +279,15 @@ def load_adapter(model: PreTrainedModel, folder: str, name: str = "default") -> 
         ToolError: the adapter's shapes are not those of this base.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     from tuneutils.shared import adapters  # noqa: F401 - registers our tuners with PEFT
 
     try:
-        return PeftModel.from_pretrained(model, folder, adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as exc:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            return PeftModel.from_pretrained(model, folder, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError, SafetensorError, UserWarning) as exc:
         reason = " ".join(str(exc).split())[:200]
         raise ToolError(f"{folder}: does not fit its base model: {reason}") from exc
 
