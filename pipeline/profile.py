@@ -5,7 +5,9 @@ A profile is a file in profiles/ with what differs from profiles/default.yaml.
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,36 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` laid over it; a changed key must exist, and null removes it."""
+@cache
+def schema() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((ROOT / "params.schema.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def overlay(
+    base: dict[str, Any], changes: dict[str, Any], section: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it; each key must be known, and null removes it.
+
+    Known is what ``base`` has, and the options of the tool whose section it is, by params.schema.json.
+    """
+    section = _resolved(schema() if section is None else section)
     made = dict(base)
     for key, value in changes.items():
-        if key not in base:
+        inside = section.get("properties", {}).get(key, section.get("additionalProperties") or {})
+        if key not in base and key not in section.get("properties", {}):
             raise SystemExit(f"profile: unknown key {key!r}; profiles/default.yaml has {', '.join(base)}")
         if value is None:
-            del made[key]
+            made.pop(key, None)
         else:
-            made[key] = overlay(base[key], value) if isinstance(value, dict) else value
+            made[key] = overlay(base.get(key, {}), value, inside) if isinstance(value, dict) else value
     return made
+
+
+def _resolved(section: dict[str, Any]) -> dict[str, Any]:
+    name = section.get("$ref", "").removeprefix("#/$defs/")
+    found: dict[str, Any] = schema()["$defs"][name] if name else section
+    return found
 
 
 def main(name: str) -> None:
