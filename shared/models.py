@@ -235,6 +235,8 @@ def load_base(
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as exc:
         raise ToolError(f"{ref.given}: cannot load: {' '.join(str(exc).split())[:300]}") from exc
+    if scheme is not None:
+        keep_4bit_layout(model, everywhere=False)
     if missing := sorted(info["missing_keys"]):
         raise ToolError(f"{ref.given}: {len(missing)} weights are not in its files, such as {missing[0]}")
     return model.eval() if device.type == "cuda" else model.eval().to(device)  # type: ignore[no-any-return]
@@ -261,14 +263,17 @@ def bnb_config(scheme: str, compute_dtype: torch.dtype) -> Any:
     )
 
 
-def keep_4bit_layout(model: Any) -> None:
+def keep_4bit_layout(model: Any, *, everywhere: bool = True) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first eval forward on a CPU.
 
     The repacked layout has no backward and cannot be saved: training after an evaluation would lose the
-    base path's gradient with no more than a warning.
+    base path's gradient with no more than a warning. Rows that are no whole number of blocks (``everywhere``
+    unset: only those) cannot be repacked at all.
     """
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
+        if type(module).__name__ == "Linear4bit" and (
+            everywhere or module.in_features % module.weight.quant_state.blocksize
+        ):
             module.support_avx512bf16_for_cpu = False
 
 

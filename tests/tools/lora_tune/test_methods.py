@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tuneutils.shared import adapters, methods
 from tuneutils.shared.logprobs_model import causal_nll
-from tuneutils.shared.models import keep_4bit_layout
+from tuneutils.shared.models import keep_4bit_layout, load_model
 from tuneutils.shared.supervise import IGNORE, Encoded, encode
 from tuneutils.shared.training import Collator
 from tuneutils.tools.lora_tune.params import Params
@@ -130,6 +130,9 @@ def test_what_is_saved_is_what_was_trained(
     model = reload(workdir / "out", tiny_model, manifest.get("quantization"))
     examples = heldout_examples(heldout, tiny_model)
     assert metrics["heldout_loss"] == pytest.approx(loss_of(model, examples), rel=1e-5)
+    assert loss_of(load_model("out", dtype="float32").model, examples) == pytest.approx(
+        metrics["heldout_loss"], rel=1e-2 if name.startswith("qlora") else 1e-5
+    )
     assert metrics["heldout_tokens"] == sum(e.learnt for e in examples)
     assert metrics["heldout_loss"] < metrics["heldout_loss_before"]
     if name not in STARTS_ELSEWHERE:
@@ -154,7 +157,7 @@ def test_other_peft_methods_by_name(
     assert done.code == 0, done.stderr
     metrics = done.json()["metrics"]
     assert 0 < metrics["trainable_parameters"] < metrics["total_parameters"]
-    loss = loss_of(reload(workdir / "out", tiny_model, None), heldout_examples(heldout, tiny_model))
+    loss = loss_of(load_model("out", dtype="float32").model, heldout_examples(heldout, tiny_model))
     assert metrics["heldout_loss"] == pytest.approx(loss, rel=1e-5)
     assert metrics["heldout_loss"] != metrics["heldout_loss_before"]
 
