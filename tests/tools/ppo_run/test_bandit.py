@@ -12,7 +12,28 @@ from transformers import AutoModelForCausalLM
 from .bandit import answers, build_bandit, optimum
 from .conftest import log_of
 
-LEARN = ["--updates", "60", "--batch-size", "256", "--micro-batch-size", "256", "--rollout-batch-size", "256", "--max-new-tokens", "1", "--missing-eos", "none", "--kl-coef", "0.3", "--temperature", "0.7", "--value-learning-rate", "0.01", "--samples-every", "0"]
+LEARN = [
+    "--updates",
+    "60",
+    "--batch-size",
+    "256",
+    "--micro-batch-size",
+    "256",
+    "--rollout-batch-size",
+    "256",
+    "--max-new-tokens",
+    "1",
+    "--missing-eos",
+    "none",
+    "--kl-coef",
+    "0.3",
+    "--temperature",
+    "0.7",
+    "--value-learning-rate",
+    "0.01",
+    "--samples-every",
+    "0",
+]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
