@@ -108,13 +108,21 @@ class CausalAttention(torch.autograd.Function):
         delta = torch.linalg.vecdot(grad.to(logsumexp.dtype), out.to(logsumexp.dtype))
         rows = max(1, SCORES // (q.shape[1] * q.shape[2] * min(q.shape[2], QUERY_BLOCK)))
         for start in range(0, len(q), rows):
-            given = (t[start : start + rows] for t in (q, k, v, grad, logsumexp, delta))
-            _attention_backward(*given, ctx.scale, [g[start : start + rows] for g in grads])
+            part: Any = [t[start : start + rows] for t in (q, k, v, grad, logsumexp, delta)]
+            _attention_backward(*part, scale=ctx.scale, out=[g[start : start + rows] for g in grads])
         return (*grads, None)
 
 
 def _attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, logsumexp: Tensor, delta: Tensor, scale: float, out: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    *,
+    scale: float,
+    out: list[Tensor],
 ) -> None:
     """Gradients of a few sequences, q ``(B, H, T, D)``, k and v ``(B, K, T, D)``, into ``out``.
 
@@ -128,7 +136,7 @@ def _attention_backward(
     width = scaled.shape[-1]
     k, v = (F.pad(t, (0, width - dim), value=1.0).flatten(0, 1) for t in (k, v))
     grad_k, grad_v = (torch.zeros(len(k), length, dim, dtype=logsumexp.dtype) for _ in range(2))
-    grad_q = out[0].unflatten(1, (groups, -1))
+    grad_q = out[0].view(batch, groups, -1, length, dim)
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
         q_block = scaled[:, :, start:end].reshape(len(k), -1, width)

@@ -80,8 +80,13 @@ class BucketSampler(Sampler[int]):
             steps += [ordered[s : s + self.step_size] for s in range(0, len(ordered), self.step_size)]
         short = [step for step in steps if len(step) < self.step_size]
         whole = [step for step in steps if len(step) == self.step_size]
-        for i in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[i]
+        shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+        if self.epoch == 0 and shuffled:
+            # Memory peaks at once, not hours later, and the heap's blocks then fit every later step.
+            longest = max(range(len(shuffled)), key=lambda i: self.lengths[shuffled[i][-1]])
+            shuffled.insert(0, shuffled.pop(longest))
+        for step in shuffled:
+            yield from step
         for step in short:
             yield from step
         yield from [self.filler] * (len(self) - len(self.lengths))
