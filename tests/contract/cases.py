@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import invoke, load_tool
+
 CPU = ("--device", "cpu", "--dtype", "float32")
 
 
@@ -63,6 +65,15 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.tool} {self.label}".strip()
+
+
+def votes(assets: Assets) -> Path:
+    """Simulated votes on the preference records."""
+    path = assets.records / "votes.jsonl"
+    if not path.exists():
+        args = ("-q", "--overlap", "2", "--raters", "2", "-o", path, assets.stream("preference"))
+        assert invoke(load_tool("pref-collect"), "simulate", *args).code == 0
+    return path
 
 
 CASES = [
@@ -124,4 +135,5 @@ CASES = [
         paths=("--records",),
     ),
     Case("model-card", lambda a: [a.artifact]),
+    Case("pref-collect report", lambda a: [votes(a)]),
 ]

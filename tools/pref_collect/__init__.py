@@ -1,0 +1,1 @@
+"""data: collect human preferences and ratings in a web page, judge their quality and export them."""

@@ -1,0 +1,153 @@
+"""Set the study up, then serve its page until interrupted."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
+
+from tuneutils.shared.command import Run, Summary
+from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.tools.pref_collect.db import (
+    Answer,
+    Assignment,
+    Item,
+    Rater,
+    database_errors,
+    database_url,
+    open_engine,
+    shown,
+)
+from tuneutils.tools.pref_collect.params import ServeParams
+from tuneutils.tools.pref_collect.raters import make_tokens, write_tokens
+from tuneutils.tools.pref_collect.study import load_candidates, set_up
+from tuneutils.tools.pref_collect.web import Options, build_app
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def serve(run: Run[ServeParams]) -> Summary:
+    """Serve until Ctrl-C or SIGTERM; gives the counts of what the database then holds."""
+    params = run.params
+    options = page_options(params)
+    candidates = load_candidates(run)
+    url = database_url(params.db)
+    engine = open_engine(params.db, create=True)
+    with database_errors(url):
+        settings = set_up(engine, run, candidates)
+        listening = _listen(params.host, params.port)
+        made = make_tokens(engine, params.rater)
+    scheme = "https" if params.tls_cert else "http"
+    address = f"{scheme}://{_bracketed(params.host)}:{listening.getsockname()[1]}"
+    if not run.json:
+        write_tokens(made, address)
+    state = _state(engine)
+    run.log.info("%s: %d items, %d answers so far", shown(url), state["items"], state["answers"])
+    if state["raters"] < settings.overlap:
+        run.log.warning(
+            "%d raters for an overlap of %d: add more with pref-collect tokens",
+            state["raters"],
+            settings.overlap,
+        )
+    run.log.info("listening on %s (Ctrl-C ends it)", address)
+    _serve(build_app(engine, settings, options, run.log), listening, params)
+    state = _state(engine)
+    run.log.info("stopped; %d answers are stored in %s", state["answers"], shown(url))
+    engine.dispose()
+    return {"db": shown(url), **state}
+
+
+def page_options(params: ServeParams) -> Options:
+    """Raises ToolError (2) for an address that others reach without --allow-remote, or half a TLS pair."""
+    remote = params.host not in LOOPBACK and not _is_loopback(params.host)
+    if remote and not params.allow_remote:
+        raise ToolError(
+            f"--host {params.host}: other machines could reach it; add --allow-remote if that is meant",
+            code=ExitCode.USAGE,
+        )
+    if bool(params.tls_cert) != bool(params.tls_key):
+        raise ToolError("--tls-cert and --tls-key go together", code=ExitCode.USAGE)
+    hosts = frozenset(params.trusted_host)
+    if not remote:
+        hosts |= LOOPBACK | {params.host}
+    guidelines = Path(params.guidelines).read_text(encoding="utf-8") if params.guidelines else ""
+    for path in (params.tls_cert, params.tls_key):
+        if path and not Path(path).is_file():
+            raise ToolError(f"{path}: no such file", code=ExitCode.MISSING_INPUT)
+    return Options(
+        title=params.title,
+        guidelines=guidelines.strip(),
+        lease_s=params.lease_minutes * 60,
+        https=params.behind_https or bool(params.tls_cert),
+        hosts=hosts,
+        max_body_bytes=params.max_body_kib * 1024,
+        requests_per_s=params.requests_per_s,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(512)
+    except OSError as exc:
+        listening.close()
+        raise ToolError(
+            f"--host {host} --port {port}: {(exc.strerror or str(exc)).lower()}; try another --port",
+            code=ExitCode.UNAVAILABLE,
+        ) from exc
+    return listening
+
+
+def _serve(app: Any, listening: socket.socket, params: ServeParams) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        proxy_headers=params.behind_https,
+        forwarded_allow_ips="127.0.0.1",
+        ssl_certfile=params.tls_cert,
+        ssl_keyfile=params.tls_key,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=64 * 1024,
+        limit_concurrency=1000,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except (KeyboardInterrupt, SystemExit):
+        # uvicorn raises the signal again once it has shut down; ending the server is what it meant.
+        return
+    finally:
+        listening.close()
+
+
+def _state(engine: Engine) -> dict[str, int]:
+    with Session(engine) as session:
+        return {
+            "items": session.scalar(select(func.count()).select_from(Item)) or 0,
+            "raters": session.scalar(select(func.count()).select_from(Rater)) or 0,
+            "assignments": session.scalar(select(func.count()).select_from(Assignment)) or 0,
+            "answers": session.scalar(select(func.count()).where(~Answer.withdrawn)) or 0,
+        }
