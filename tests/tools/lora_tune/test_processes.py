@@ -24,8 +24,9 @@ def assert_same_run(ours: Path, reference: Path) -> None:
         assert torch.allclose(ours_weights[name], weight, rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "prefix", "llama-adapter"])
-@pytest.mark.parametrize("count", [11, 9])
+@pytest.mark.parametrize(
+    ("method", "count"), [("lora", 11), ("lora", 9), ("full", 9), ("prefix", 11), ("llama-adapter", 9)]
+)
 def test_two_processes_equal_one(
     method: str,
     count: int,

@@ -117,13 +117,12 @@ def test_two_runs_and_any_hash_seed_give_the_same_bytes(
     forks: Forks, tiny_model: Path, records: Path, heldout: Path, workdir: Path
 ) -> None:
     args = arguments("lora", tiny_model, records, heldout)
-    forks(*args, cwd=workdir)
+    forks(*args, cwd=workdir)  # in a process whose hash seed is random
     expected = contents(workdir / "out")
-    for seed in ("1", "2"):
-        clean(workdir)
-        done = run_cli(*tool_args("lora-tune"), *args, cwd=workdir, env={"PYTHONHASHSEED": seed})
-        assert done.code == 0, done.stderr
-        assert contents(workdir / "out") == expected
+    clean(workdir)
+    done = run_cli(*tool_args("lora-tune"), *args, cwd=workdir, env={"PYTHONHASHSEED": "1"})
+    assert done.code == 0, done.stderr
+    assert contents(workdir / "out") == expected
 
 
 def test_a_finished_run_is_left_alone(tune: Callable[..., Result], records: Path, workdir: Path) -> None:
