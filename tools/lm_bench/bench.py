@@ -107,12 +107,13 @@ def _entry(given: str) -> Entry:
 
 
 def _split(given: str) -> tuple[str, str]:
-    if "=" in given and not Path(given).exists():
+    """``LABEL=PATH`` in its parts; the label of a bare path is its folder's name, or its file's stem."""
+    at = Path(given)
+    if "=" in given and not at.exists():
         label, _, path = given.partition("=")
         return label, path
-    path = Path(given)
-    name = path.resolve().name if path.exists() else path.name
-    return (path.stem if path.is_file() else name), given
+    name = at.resolve().name if at.exists() else at.name
+    return (at.stem if at.is_file() else name), given
 
 
 def _labels(entry: Entry) -> list[str]:
