@@ -188,7 +188,7 @@ def summarise(runs: Sequence[Run], valid: str, test: str, general: str | None = 
             "method": name,
             "scale": choice.scale,
             "learning_rate": cells[0].learning_rates[name],
-            "at_edge": choice.edge,
+            "at_edge": int(choice.edge),
             "valid": choice.valid[choice.scale],
             "test": float(np.mean([c.value(name, test) for c in cells])),
             "difference": compared(name, test, base),
