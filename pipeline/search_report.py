@@ -342,10 +342,11 @@ def _draw(folder: Path, result: Mapping[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "tuneutils", "svg.fonttype": "path", "font.size": 8}):
-        figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+        figure = Figure(figsize=(15.6, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
-        _curves(figure.add_subplot(1, 2, 1), result)
-        _intervals(figure.add_subplot(1, 2, 2), result)
+        _curves(figure.add_subplot(1, 3, 1), result)
+        _intervals(figure.add_subplot(1, 3, 2), result)
+        _front(figure.add_subplot(1, 3, 3), result)
         figure.savefig(folder / "search.png", dpi=110, metadata={"Software": None})
         figure.savefig(folder / "search.svg", metadata={"Date": None, "Creator": None})
 
@@ -377,4 +378,21 @@ def _intervals(axes: Any, result: Mapping[str, Any]) -> None:
     axes.set_yticks(range(len(rows)), [r["method"] for r in rows])
     axes.invert_yaxis()
     axes.set_xlabel(f"{result['test']}: bits per byte − {result['baseline']}, 95 % interval")
+    axes.grid(alpha=0.3)
+
+
+def _front(axes: Any, result: Mapping[str, Any]) -> None:
+    """The test result against trainable parameters; filled where Pareto-optimal."""
+    front = result["pareto"].get("trainable_parameters", [])
+    for i, row in enumerate(result["methods"]):
+        if row["trainable_parameters"] is None:
+            continue
+        filled = "full" if row["method"] in front else "none"
+        axes.plot(row["trainable_parameters"], row["test"], "o", color=f"C{i}", fillstyle=filled)
+        axes.annotate(
+            row["method"], (row["trainable_parameters"], row["test"]), (4, 4), textcoords="offset points"
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters (filled: Pareto-optimal)")
+    axes.set_ylabel(f"{result['test']}: bits per byte")
     axes.grid(alpha=0.3)
