@@ -229,7 +229,7 @@ class Page:
     async def on_database_error(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, DatabaseError)
         if is_full(exc):
-            self.log.error("the database's disk is full: answers are refused until there is space")
+            self.log.error("the database cannot be written (disk full?): answers are refused until it can")
             return self.error_response(request, 507, "Not saved: the server's disk is full. Try again later.")
         self.log.error("database: %s", str(exc.orig).strip().partition("\n")[0])
         return self.error_response(request, 503, "Not saved: the database does not answer. Try again.")
