@@ -12,6 +12,7 @@ from typing import Any
 from tuneutils.shared.artifact import (
     Input,
     Manifest,
+    lineage,
     load_manifest,
     manifest_of,
     portable_path,
@@ -196,7 +197,8 @@ def _report(given: str, sha256: str, artifact: str) -> tuple[str, Manifest, dict
     path = Path(given, "report.json")
     if manifest.get("kind") != "report" or not path.is_file():
         raise ToolError(f"{given}: no report of lm-bench")
-    if sha256 not in [i["sha256"] for i in manifest.get("inputs", [])]:
+    # A joined report stands on reports, and those on the models that they measured.
+    if all(below.sha256 != sha256 for _, below, _ in lineage(Path(given))):
         raise ToolError(
             f"{given}: did not measure {artifact}, or it has changed since; measure it again with lm-bench"
         )

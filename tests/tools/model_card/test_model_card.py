@@ -263,6 +263,14 @@ def test_report_of_something_else(chain) -> None:
     assert not Path("card").exists()
 
 
+def test_joined_report_counts_through_the_reports_that_it_joins(chain) -> None:
+    joined = "reports/joined"
+    report = Path("reports/bench/report.json").read_text()
+    with Artifact.open(run("lm-bench", joined), "report", [describe_input("report", "reports/bench")]) as art:
+        (art.dir / "report.json").write_text(report)
+    assert "7.25" in card("artifacts/lora", "-o", "-", "--report", joined)
+
+
 def test_reproduce_command_makes_the_same_files(chain) -> None:
     """The line for adapter-merge, run again to another place, gives the same bytes."""
     done = invoke(load_tool("adapter-merge"), "artifacts/lora", "-o", "artifacts/merged", "--max-kl", "0.02")
