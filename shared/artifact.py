@@ -151,6 +151,7 @@ class Artifact:
         manifest = self.manifest()
         write_json(self.dir / MANIFEST, manifest)
         for path in [*self.dir.rglob("*"), self.dir]:
+            _open_to_readers(path)
             sync(path)
         previous: Path | None = None
         if self.final.exists():
@@ -178,6 +179,13 @@ class Artifact:
                 self.commit()
         finally:
             shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def _open_to_readers(path: Path) -> None:
+    """The permissions that the user's umask gives to new files; some libraries write for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _identity(run: Run[Any], inputs: Sequence[Input]) -> dict[str, Any]:

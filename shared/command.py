@@ -78,7 +78,7 @@ class Run(Generic[P]):
         """Every parameter that can change the output, with where its value came from."""
         out: dict[str, dict[str, Any]] = {}
         for field in dataclasses.fields(cast(Any, self.params)):
-            if field.metadata.get("role") == "runtime":
+            if field.metadata.get("role") in ("runtime", "view"):
                 continue
             value = getattr(self.params, field.name)
             value = list(value) if isinstance(value, tuple) else value
@@ -299,7 +299,7 @@ def _execute(
     output: str | None,
     streams: bool,
 ) -> int:
-    if output is not None and not streams and run.output is None and not run.dry_run:
+    if output is not None and not streams and run.output is None and not (run.dry_run or _views(run)):
         raise click.UsageError(f"missing -o: where to write the {output}", click.get_current_context())
     if streams and run.json and run.output == "-":
         raise click.UsageError(
@@ -316,6 +316,12 @@ def _execute(
     if run.json:
         _print_json(summary or {})
     return ExitCode.OK
+
+
+def _views(run: Run[Any]) -> bool:
+    """Whether an option of role ``view`` is set: the tool then shows something and writes nothing."""
+    fields = dataclasses.fields(cast(Any, run.params))
+    return any(f.metadata.get("role") == "view" and getattr(run.params, f.name) for f in fields)
 
 
 def _dry_run(run: Run[P], plan: Callable[[Run[P]], Summary] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tuneutils.shared.errors import ExitCode, ToolError, nearest
 from tuneutils.shared.manifest import write_json
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
     from transformers import PreTrainedTokenizerBase
 
@@ -111,6 +112,12 @@ def check_method(params: MethodParams) -> None:
             raise ToolError(f"--{name} goes with --method lora or qlora", code=ExitCode.USAGE)
     if params.method == "full" and (params.quantization or params.peft_option):
         raise ToolError("--method full takes no --quantization or --peft-option", code=ExitCode.USAGE)
+    if "lm_head" in params.target_modules:
+        raise ToolError(
+            "--target-modules lm_head: the output head cannot be adapted; "
+            "--peft-option 'modules_to_save=[lm_head]' trains a copy of it",
+            code=ExitCode.USAGE,
+        )
     if params.pissa and quantization(params):
         raise ToolError("--pissa changes the base's weights, which 4-bit storage cannot", code=ExitCode.USAGE)
 
@@ -137,17 +144,20 @@ def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: MethodP
         return model.requires_grad_(True)
     from peft import get_peft_model
 
-    config = peft_config(params, model.config, init_text)
+    config = peft_config(params, model.config)
     try:
         made = get_peft_model(model, config)
     except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, RuntimeError) as exc:
         raise _refused(params, exc) from exc
-    if params.method == "prefix" and "init_weights" not in peft_options(params):
+    options = peft_options(params)
+    if params.method == "prefix" and "init_weights" not in options:
         _prefix_from_text(made, tokenizer, init_text, params.virtual_tokens)
+    if params.method == "prompt" and "prompt_tuning_init" not in options:
+        _prompt_from_text(made, tokenizer, init_text, params.virtual_tokens)
     return made
 
 
-def peft_config(params: MethodParams, model_config: Any, init_text: str = "") -> PeftConfig:
+def peft_config(params: MethodParams, model_config: Any) -> PeftConfig:
     """The PEFT config of a method, with ``--peft-option`` on top.
 
     Raises:
@@ -157,7 +167,7 @@ def peft_config(params: MethodParams, model_config: Any, init_text: str = "") ->
     config_class = _peft_configs()[name]
     known = {f.name for f in fields(config_class)}
     values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    values.update({k: v for k, v in _method_options(params, model_config, init_text).items() if k in known})
+    values.update({k: v for k, v in _method_options(params, model_config).items() if k in known})
     for key, value in peft_options(params).items():
         if key not in known:
             raise ToolError(
@@ -201,7 +211,7 @@ def _peft_configs() -> dict[str, type[PeftConfig]]:
     return {getattr(k, "value", str(k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def _method_options(params: MethodParams, model_config: Any, init_text: str) -> dict[str, Any]:
+def _method_options(params: MethodParams, model_config: Any) -> dict[str, Any]:
     """PEFT's fields for our options; those that a config lacks are left out by the caller."""
     targets: Any = list(params.target_modules) or "all-linear"
     alpha = params.lora_alpha if params.lora_alpha is not None else 2 * params.lora_rank
@@ -224,12 +234,7 @@ def _method_options(params: MethodParams, model_config: Any, init_text: str) -> 
     if params.method in ("prefix", "p-tuning"):
         return {"num_virtual_tokens": params.virtual_tokens, "encoder_hidden_size": model_config.hidden_size}
     if params.method == "prompt":
-        return {
-            "num_virtual_tokens": params.virtual_tokens,
-            "prompt_tuning_init": "TEXT",
-            "prompt_tuning_init_text": init_text,
-            "tokenizer_name_or_path": params.model,
-        }
+        return {"num_virtual_tokens": params.virtual_tokens, "prompt_tuning_init": "RANDOM"}
     if params.method == "ia3":
         return {"target_modules": list(params.target_modules)} if params.target_modules else {}
     other: dict[str, Any] = {
@@ -256,12 +261,31 @@ def _prefix_from_text(model: Any, tokenizer: PreTrainedTokenizerBase, text: str,
     import torch
     from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 
-    ids = tokenizer(text).input_ids
-    ids = (ids * (length // max(len(ids), 1) + 1))[:length]
     base = model.get_base_model()
     with torch.no_grad():
-        cache = base(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
+        cache = base(_repeated(tokenizer, text, length).to(base.device), use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=cache, num_virtual_tokens=length)
+
+
+def _prompt_from_text(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> None:
+    """Start the prompt from the embeddings of a text's tokens (Lester et al. 2021, section 3.2).
+
+    PEFT's own text initialisation would load the tokenizer again, by a path that it keeps in the config.
+    """
+    import torch
+
+    words = model.get_base_model().get_input_embeddings()
+    with torch.no_grad():
+        started = words(_repeated(tokenizer, text, length).to(words.weight.device))[0]
+        model.prompt_encoder[model.active_adapter].embedding.weight.copy_(started)
+
+
+def _repeated(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> torch.Tensor:
+    """The text's token ids, ``(1, length)``, cut or begun again as needed."""
+    import torch
+
+    ids = tokenizer(text).input_ids
+    return torch.tensor([(ids * (length // max(len(ids), 1) + 1))[:length]])
 
 
 def settle_adapter_config(folder: Path) -> None:

@@ -34,7 +34,8 @@ def option(
         min, max: inclusive bounds of a number.
         short: a one-letter flag such as ``-m``.
         role: ``param`` enters the manifest and the idempotence check; ``runtime`` (logging,
-            checkpoint intervals) does not, since it cannot change what is made.
+            checkpoint intervals) does not, since it cannot change what is made; ``view`` shows something
+            instead of making anything, so that no output need be named.
     """
     metadata = {
         "help": help,

@@ -72,5 +72,5 @@ class Params:
         200, help="Steps between resumable checkpoints; 0 for none.", min=0, role="runtime"
     )
     show_labels: int = option(
-        0, help="Print this many examples with what is learnt marked, and stop.", min=0, role="runtime"
+        0, help="Print this many examples with what is learnt marked, and stop.", min=0, role="view"
     )
