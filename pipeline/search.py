@@ -88,7 +88,10 @@ def run(profile: str, scales: Sequence[float], seeds: Sequence[int]) -> None:
     waiting, failed = queued(), []
     for name, (scale, seed) in missing(profile, scales, seeds):
         if waiting.get(name) == "active":
-            raise SystemExit(f"search: {name} is running in DVC's queue; wait, or dvc queue kill {name}")
+            raise SystemExit(
+                f"search: {name} is running in DVC's queue; wait, or after a crash give "
+                f"`dvc queue kill --force {name}`"
+            )
         if name in waiting:
             dvc("queue", "remove", name)
         if not experiment("--temp", name, overrides(scale, seed)):
