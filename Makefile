@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 repro: install
 	$(BIN)/python pipeline/profile.py $(PROFILE)
 	$(BIN)/dvc repro
-	@cat artifacts/tradeoff/report.md
+	@cat reports/tradeoff/report.md
 
 test: install lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
