@@ -153,11 +153,6 @@ class GenerateParams:
     select: int | None = option(None, help="Keep this many pairs.", min=1)
     select_by: str = option(
         "rm",
-        help="rm: the pairs that a reward model is least sure of; random: a seeded sample.",
+        help="rm: pairs whose score_a and score_b, by a reward model, are closest; random: a seeded sample.",
         choices=("rm", "random"),
-    )
-    reward_model: str | None = option(
-        None,
-        help="Reward model that scores the pairs; without it, the records' score_a and score_b count.",
-        metavar="MODEL",
     )

@@ -53,8 +53,13 @@ def serve(run: Run[ServeParams]) -> Summary:
             state["raters"],
             settings.overlap,
         )
-    run.log.info("listening on %s (Ctrl-C ends it)", address)
-    _serve(build_app(engine, settings, options, run.log), listening, params)
+    try:
+        _serve(run, build_app(engine, settings, options, run.log), listening, address)
+    except (KeyboardInterrupt, SystemExit):
+        # uvicorn raises the signal again once it has shut down; ending the server is what it meant.
+        pass
+    finally:
+        listening.close()
     state = _state(engine)
     run.log.info("stopped; %d answers are stored in %s", state["answers"], shown(url))
     engine.dispose()
@@ -116,9 +121,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _serve(app: Any, listening: socket.socket, params: ServeParams) -> None:
+def _serve(run: Run[ServeParams], app: Any, listening: socket.socket, address: str) -> None:
     import uvicorn
 
+    params = run.params
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -131,16 +137,10 @@ def _serve(app: Any, listening: socket.socket, params: ServeParams) -> None:
         ssl_keyfile=params.tls_key,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=64 * 1024,
         limit_concurrency=1000,
     )
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except (KeyboardInterrupt, SystemExit):
-        # uvicorn raises the signal again once it has shut down; ending the server is what it meant.
-        return
-    finally:
-        listening.close()
+    run.log.info("listening on %s (Ctrl-C ends it)", address)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 def _state(engine: Engine) -> dict[str, int]:

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -226,6 +226,9 @@ class Page:
             return JSONResponse({"error": "Please log in again."}, 401)
         return RedirectResponse("/login", 303)
 
+    async def on_disconnect(self, _request: Request, _exc: Exception) -> Response:
+        return Response(status_code=400)  # nobody is there to read it
+
     async def on_database_error(self, request: Request, exc: Exception) -> Response:
         assert isinstance(exc, DatabaseError)
         if is_full(exc):
@@ -305,6 +308,7 @@ def build_app(engine: Engine, settings: Settings, options: Options, log: Logger)
             HTTPException: page.on_http_error,
             assign.Refused: page.on_refused,
             LoginNeeded: page.on_login_needed,
+            ClientDisconnect: page.on_disconnect,
             DatabaseError: page.on_database_error,
             Exception: page.on_bug,
         },
