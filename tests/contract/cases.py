@@ -136,4 +136,28 @@ CASES = [
     ),
     Case("model-card", lambda a: [a.artifact]),
     Case("pref-collect report", lambda a: [votes(a)]),
+    Case(
+        "ppo-run train",
+        lambda a: [a.stream("prompt")],
+        lambda a: [
+            "-m",
+            a.model,
+            "--heldout",
+            a.stream("messages"),
+            "--reward",
+            "builtin:length",
+            *("--updates", "2", "--batch-size", "4", "--max-new-tokens", "4"),
+            *CPU,
+        ],
+        reads="prompt",
+        paths=("-m", "--heldout", "--reward"),
+        stdin=True,
+    ),
+    Case(
+        "ppo-run doctor",
+        lambda a: [a.stream("prompt")],
+        lambda a: ["-m", a.model, "--reward", "builtin:length", "--max-new-tokens", "4", *CPU],
+        makes="nothing",
+        paths=("-m", "--reward"),
+    ),
 ]

@@ -11,6 +11,7 @@ Line = dict[str, Any]
 REPEAT_AFTER = 20
 CLIP_FRACTION = 0.3
 NEAR_LIMIT = 0.98
+SHORTEST_LIMIT = 8
 RATIO_TOLERANCE = 1e-6
 
 
@@ -40,7 +41,7 @@ def _exploding_kl(log: Sequence[Line], params: Params) -> bool:
 
 def _too_long(log: Sequence[Line], params: Params) -> bool:
     limit = params.max_new_tokens
-    return limit > 1 and log[-1]["length"] >= NEAR_LIMIT * limit and log[-1]["finished"] < 0.05
+    return limit >= SHORTEST_LIMIT and log[-1]["length"] >= NEAR_LIMIT * limit and log[-1]["finished"] < 0.05
 
 
 def _clipped(log: Sequence[Line], _params: Params) -> bool:

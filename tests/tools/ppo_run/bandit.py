@@ -20,10 +20,10 @@ def reward(prompts: list[str], completions: list[str]) -> list[float]:
     return [REWARDS[c] for c in completions]
 
 
-def word_tokenizer(words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+def word_tokenizer(words: tuple[str, ...] = WORDS, pad: str = "<pad>") -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=pad, eos_token="<eos>")
 
 
 def build_bandit(folder: Path, seed: int = 0) -> Path:

@@ -21,12 +21,14 @@ SMALL = ("--updates", "3", "--batch-size", "6", "--micro-batch-size", "2", "--ma
 
 @pytest.fixture
 def prompts(workdir: Path) -> Path:
-    return write_jsonl(workdir / "prompts.jsonl", tiny_records("prompt", 10))
+    write_jsonl(workdir / "prompts.jsonl", tiny_records("prompt", 10))
+    return Path("prompts.jsonl")
 
 
 @pytest.fixture
 def heldout(workdir: Path) -> Path:
-    return write_jsonl(workdir / "heldout.jsonl", tiny_records("prompt", 16)[10:])
+    write_jsonl(workdir / "heldout.jsonl", tiny_records("prompt", 16)[10:])
+    return Path("heldout.jsonl")
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def ppo(workdir: Path, tiny_model: Path) -> Callable[..., Result]:
 def world(workdir: Path, tiny_model: Path) -> Callable[..., list[Result]]:
     """``world(2, *args)``: the same in processes that are joined as torchrun would join them."""
 
-    def call(size: int, *args: Any, kill_after: float | None = None, output: str = "out") -> list[Result]:
+    def call(size: int, *args: Any, output: str = "out") -> list[Result]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -1,0 +1,59 @@
+"""Two processes (gloo, on the CPU) give the result of one with the same global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import Result
+
+from .conftest import log_of
+
+
+@pytest.mark.parametrize("batch_size", [6, 5])
+def test_two_processes_equal_one(
+    batch_size: int, world: Callable[..., list[Result]], prompts: Path, heldout: Path, workdir: Path
+) -> None:
+    """Prompts, draws, minibatches, whitening and the token mean are those of the whole batch."""
+    args = [prompts, "--heldout", heldout, "-r", "builtin:length:4", "--learning-rate", "0.001"]
+    args += [
+        "--batch-size",
+        batch_size,
+        "--minibatches",
+        2,
+        "--eval-every",
+        1,
+        "--kl-target",
+        1,
+        "--save-value",
+    ]
+    both = world(2, *args)
+    assert [r.code for r in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert both[1].stderr == ""
+    assert sorted(p.name for p in workdir.iterdir() if p.is_dir()) == [".work", "out"]
+    (one,) = world(1, *args, output="one")
+    assert one.code == 0, one.stderr
+    for ours, wanted in zip(log_of(workdir / "out"), log_of(workdir / "one"), strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    for name in ("adapter_model.safetensors", "value.safetensors"):
+        ours_weights, weights = load_file(workdir / "out" / name), load_file(workdir / "one" / name)
+        assert ours_weights.keys() == weights.keys()
+        for key, weight in weights.items():
+            assert torch.allclose(ours_weights[key], weight, rtol=1e-3, atol=1e-5), key
+    assert (workdir / "out/samples.jsonl").read_bytes() == (workdir / "one/samples.jsonl").read_bytes()
+
+
+def test_an_error_in_one_process_ends_all(
+    world: Callable[..., list[Result]], prompts: Path, workdir: Path
+) -> None:
+    """A reward that fails for one prompt reaches only the process that has it; the other must not wait."""
+    (workdir / "some_nan.py").write_text(
+        "def score(prompts, completions):\n"
+        "    return [float('nan') if p.endswith('7.') else len(c) for p, c in zip(prompts, completions)]\n"
+    )
+    both = world(2, prompts, "-r", "some_nan:score", "--batch-size", 10)
+    assert [r.code for r in both] == [65, 65], both[0].stderr + both[1].stderr
+    assert "prompts.jsonl:8: the reward is nan" in both[0].error
