@@ -19,7 +19,8 @@ from tuneutils.shared.evaluate import encode_pair, prefix_token, score_windows
 from tuneutils.shared.logprobs import IGNORE_INDEX, accumulation_dtype
 from tuneutils.shared.logprobs_model import unwrap
 from tuneutils.shared.models import Loaded
-from tuneutils.shared.records import Record, format_of
+from tuneutils.shared.records import format_of
+from tuneutils.shared.streams import Record
 from tuneutils.shared.supervise import Encoded, encode
 
 BATCH_TOKENS = 4096

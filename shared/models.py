@@ -174,7 +174,7 @@ class Loaded:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id)
 
 
 def load_model(
@@ -239,7 +239,7 @@ def load_base(
         keep_4bit_layout(model, everywhere=False)
     if missing := sorted(info["missing_keys"]):
         raise ToolError(f"{ref.given}: {len(missing)} weights are not in its files, such as {missing[0]}")
-    return model.eval() if device.type == "cuda" else model.eval().to(device)  # type: ignore[no-any-return]
+    return model.eval() if device.type == "cuda" else model.eval().to(device)
 
 
 def _gguf_kwargs(ref: ModelRef) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def load_tokenizer(ref: ModelRef | str, *, trust_remote_code: bool = False) -> P
         raise ToolError(f"{at.given}: its tokenizer has no EOS token, so no model can learn to stop")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = own_pad_token(tokenizer)
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def own_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:

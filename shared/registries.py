@@ -202,7 +202,7 @@ def fetch_hub(source: Source, kind: Kind, cache: Path) -> tuple[Path, str, str]:
 
     require("huggingface_hub", "train")
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         EntryNotFoundError,
         GatedRepoError,
         HFValidationError,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared.errors import ToolError
-from tuneutils.shared.records import Record, format_of
+from tuneutils.shared.records import format_of
+from tuneutils.shared.streams import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -120,6 +120,9 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         lr_ratio: of LoRA's B matrices over its A matrices (LoRA+, Hayou et al. 2024); 1 for plain.
     """
 
+    optimizer: Any
+    control: Any
+
     def __init__(
         self,
         model: nn.Module,

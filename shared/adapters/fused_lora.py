@@ -66,7 +66,7 @@ def lora_linear(layer: PeftLinear, x: Tensor) -> Tensor | None:
     return out
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether the layer is plain LoRA over a frozen ``nn.Linear``: no DoRA, dropout or bias of its own."""
     if type(layer) is not PeftLinear or type(layer.base_layer) is not nn.Linear or layer.fan_in_fan_out:
         return False

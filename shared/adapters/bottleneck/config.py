@@ -89,7 +89,7 @@ class BottleneckConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type = extend_peft_type("BOTTLENECK")
         _check_choice("style", self.style, STYLE_DEFAULTS)
         _check_choice("init_weights", self.init_weights, INIT_WEIGHTS)
