@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export DVC_NO_ANALYTICS := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install repro test test-slow lint docs bench clean
+.PHONY: install repro test test-slow lint docs bench clean browser
 
 install: $(STAMP)
 
@@ -28,7 +28,13 @@ repro: install
 	$(BIN)/dvc repro
 	@cat reports/tradeoff/report.md
 
-test: install lint
+# The page of pref-collect is tested in a real browser, Debian's; without one those tests are skipped by name.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+	  || echo "no chromium: the browser tests will be skipped"
+
+test: install lint browser
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: install
