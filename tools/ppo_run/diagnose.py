@@ -36,12 +36,13 @@ def _negative_kl(log: Sequence[Line], _params: Params) -> bool:
 
 
 def _exploding_kl(log: Sequence[Line], params: Params) -> bool:
-    return log[-1]["kl"] > 10 * (params.kl_target or params.kl_budget or 10.0)
+    return bool(log[-1]["kl"] > 10 * (params.kl_target or params.kl_budget or 10.0))
 
 
 def _too_long(log: Sequence[Line], params: Params) -> bool:
     limit = params.max_new_tokens
-    return limit >= SHORTEST_LIMIT and log[-1]["length"] >= NEAR_LIMIT * limit and log[-1]["finished"] < 0.05
+    near = log[-1]["length"] >= NEAR_LIMIT * limit and log[-1]["finished"] < 0.05
+    return bool(limit >= SHORTEST_LIMIT and near)
 
 
 def _clipped(log: Sequence[Line], _params: Params) -> bool:

@@ -25,6 +25,12 @@ class Params:
     method: str = option(
         "lora", help=f"{', '.join(METHODS)}, or any PEFT method by its name.", metavar="NAME"
     )
+    algo: str = option(
+        "ppo",
+        help="PPO, or its kin without a value model by TRL's trainers.",
+        choices=("ppo", "rloo", "grpo"),
+    )
+    group_size: int = option(8, help="Responses to one prompt that rloo and grpo compare.", min=2)
     value: str = option(
         "auto",
         help="The value model: a head on the policy, or a copy of the reward model where there is one.",

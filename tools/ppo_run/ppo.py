@@ -213,7 +213,7 @@ def accumulate(
     policy_terms = policy_loss(logprobs, old_logprobs, adv, params.clip_range) * batch.mask
     value_terms = value_loss(values, old_values, ret, params.value_clip_range) * batch.mask
     loss = (policy_terms.sum() + params.value_coef * value_terms.sum()) / tokens
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         difference = (logprobs - old_logprobs) * batch.mask
         clipped = is_clipped(logprobs, old_logprobs, adv, params.clip_range) * batch.mask

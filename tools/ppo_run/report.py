@@ -157,7 +157,7 @@ def plot(log: Sequence[dict[str, Any]], path: Path, run: Run[Params]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: dict[Any, Any] = {
         "figure.dpi": 110,
         "font.family": "DejaVu Sans",
         "font.size": 8,

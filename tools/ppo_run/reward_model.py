@@ -72,7 +72,8 @@ class RewardModel:
         last = torch.tensor([len(row) - 1 for row in rows], device=where)
         hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
         at_end = hidden[torch.arange(len(rows), device=where), last]
-        return self.head(at_end.to(self.head.weight.dtype))[:, 0].float().cpu()
+        made: Tensor = self.head(at_end.to(self.head.weight.dtype))[:, 0].float().cpu()
+        return made
 
     def value_head(self) -> nn.Linear:
         """A trainable copy of the head whose output is the normalised score."""
@@ -109,7 +110,7 @@ def load_reward_model(
             "train one with rm-train"
         )
     mean, std = normalisation(ref)
-    eos_id = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    eos_id = int(tokenizer.eos_token_id)
     return RewardModel(trunk, head, mean, std, eos_id, batch_size)
 
 

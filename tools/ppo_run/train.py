@@ -39,6 +39,7 @@ from tuneutils.tools.ppo_run.checkpoint import (
     trainable_tensors,
 )
 from tuneutils.tools.ppo_run.diagnose import diagnose, is_constant
+from tuneutils.tools.ppo_run.kin import check_kin, learn_with_trl
 from tuneutils.tools.ppo_run.params import Params
 from tuneutils.tools.ppo_run.ppo import make_optimizer, one_update
 from tuneutils.tools.ppo_run.processes import Processes
@@ -73,6 +74,7 @@ def train(run: Run[Params]) -> dict[str, Any]:
     if processes.rank:
         run.quiet = True
         run.log.setLevel("ERROR")
+    check_kin(run.params, processes)
     base, inputs, sources = check(run)
     with run.artifact("model" if run.params.method == "full" else "adapter", inputs) as art:
         art.licence = inputs[0].licence
@@ -81,7 +83,7 @@ def train(run: Run[Params]) -> dict[str, Any]:
             stack.enter_context(fused(setting.actors.policy, where))
             if isinstance(setting.actors.value, TrunkValue):
                 stack.enter_context(fused(setting.actors.value.trunk, where))
-            progress = learn(run, art, setting)
+            progress = learn(run, art, setting) if run.params.algo == "ppo" else learn_kin(run, art, setting)
         if processes.rank == 0:
             report.save(run, art, setting.actors, base, progress)
     return {"output": run.output, "metrics": art.metrics}
@@ -206,6 +208,20 @@ def learn(run: Run[Params], art: Artifact, setting: Setting) -> Progress:
     report.log_event(run, art, event="done", resumed=found is not None, device=str(actors.where))
     if params.keep == "best" and progress.best is not None:
         load_trainable(actors, load_file(str(best_file(folder, progress.best["update"]))))
+    return progress
+
+
+def learn_kin(run: Run[Params], art: Artifact, setting: Setting) -> Progress:
+    """The same by TRL's trainers, with the held-out reward before and after."""
+    progress = Progress(kl_coef=run.params.kl_coef)
+    if setting.heldout:
+        progress.before = evaluate(run, setting)
+        run.log.info("held-out reward before: %.4f", mean(progress.before["rewards"]))
+    with out_of_memory_named(run.params):
+        learn_with_trl(run, art, setting, progress)
+    if setting.heldout:
+        progress.best = evaluate(run, setting) | {"update": progress.update}
+        run.log.info("held-out reward after: %.4f", mean(progress.best["rewards"]))
     return progress
 
 
