@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tuneutils.shared.command import Run, Summary, tool, tool_group
 from tuneutils.tools.ppo_run.params import Params
 
@@ -13,7 +15,14 @@ main = tool_group(
 )
 
 
-@tool("train", Params, group="train", inputs="PROMPTS", output="adapter or model", parent=main)
+def plan(run: Run[Params]) -> dict[str, Any]:
+    """Parameter counts and a memory estimate for ``--dry-run``, without loading weights."""
+    from tuneutils.tools.ppo_run.plan import plan as counted
+
+    return counted(run)
+
+
+@tool("train", Params, group="train", inputs="PROMPTS", output="adapter or model", plan=plan, parent=main)
 def train(run: Run[Params]) -> Summary:
     """Train a model by PPO on PROMPTS: prompt, or any record that has one or messages.
 

@@ -191,3 +191,15 @@ def test_diagnoses_are_named(name: str, log: list[dict[str, float]], tiny_model:
     assert found == [f"{name}: {DIAGNOSES[name][1]}"]
     assert diagnose([*log, log[-1]], params, warned) == []
     assert diagnose([line()], params, {}) == []
+
+
+def test_dry_run_counts_without_loading(ppo: Callable[..., Result], prompts: Path, workdir: Path) -> None:
+    """LoRA of rank 16 on seven linear layers of two blocks: r (in + out) parameters each."""
+    done = ppo(prompts, "-r", "builtin:length", "--dry-run", "--updates", "5", "--ppo-epochs", "3")
+    assert done.code == 0, done.stderr
+    shown = done.json()
+    widths = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
+    assert shown["trainable_parameters"] == 2 * sum(16 * (i + o) for i, o in widths)
+    assert (shown["episodes"], shown["optimizer_steps"]) == (30, 15)
+    assert (shown["learning_rate"], shown["value_learning_rate"]) == (pytest.approx(2e-5), 1e-4)
+    assert nothing_left(workdir)
