@@ -239,6 +239,7 @@ def _value(
     params: Params, policy: Any, reward_model: RewardModel | None, where: torch.device
 ) -> HeadOnPolicy | TrunkValue:
     from_reward = params.value == "reward" or (params.value == "auto" and reward_model is not None)
+    from_reward = from_reward and params.algo == "ppo"  # its kin have no value model; the head stays idle
     if not from_reward:
         hidden_size = unwrap(policy).config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
         return HeadOnPolicy(policy, int(hidden_size), where)

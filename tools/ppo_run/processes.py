@@ -11,11 +11,13 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch  # isort: skip
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from tuneutils.shared.errors import ExitCode, ToolError
 
 T = TypeVar("T")
+#: Gradients that are added up in one message, in elements.
+BUCKET = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,18 @@ class Processes:
         """Add up each parameter's gradient over all processes; one without any counts as zero."""
         if self.size == 1:
             return
+        bucket: list[Tensor] = []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
+            if bucket and (
+                sum(g.numel() for g in bucket) > BUCKET or bucket[0].dtype != parameter.grad.dtype
+            ):
+                _all_reduce(bucket)
+                bucket = []
+            bucket.append(parameter.grad)
+        if bucket:
+            _all_reduce(bucket)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over all processes."""
@@ -71,3 +81,10 @@ class Processes:
     def together_raw(self, mine: T) -> list[T]:
         """``mine`` of every process, by rank."""
         return [mine] if self.size == 1 else list(gather_object([mine]))
+
+
+def _all_reduce(gradients: list[Tensor]) -> None:
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))

@@ -101,21 +101,32 @@ def reward_input(spec: str) -> list[Input]:
 
 @dataclass
 class TextReward:
-    """A function of texts as a reward of episodes."""
+    """A function of texts as a reward of episodes; what a user's function raises is reported as its own.
+
+    Raises:
+        ToolError: exit 65.
+    """
 
     function: TextFunction
+    name: str = "the reward"
 
     def __call__(self, episodes: Sequence[Episode]) -> list[float]:
         prompts = [e.prompt.text for e in episodes]
-        return checked(episodes, self.function(prompts, [e.completion for e in episodes]))
+        try:
+            scores = self.function(prompts, [e.completion for e in episodes])
+        except (ToolError, MemoryError):
+            raise
+        except Exception as exc:
+            raise ToolError(f"--reward {self.name}: raised {type(exc).__name__}: {exc}") from exc
+        return checked(episodes, scores)
 
 
 def text_reward(spec: str, *, timeout_s: float = 30.0, retries: int = 3) -> TextReward:
     """The reward of any ``--reward`` but a model."""
     kind = kind_of(spec)
     if kind == "builtin":
-        return TextReward(_builtin(spec))
-    return TextReward(Endpoint(spec, timeout_s, retries) if kind == "http" else _function(spec))
+        return TextReward(_builtin(spec), spec)
+    return TextReward(Endpoint(spec, timeout_s, retries) if kind == "http" else _function(spec), spec)
 
 
 def checked(episodes: Sequence[Episode], scores: Any) -> list[float]:

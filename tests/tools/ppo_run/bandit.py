@@ -59,3 +59,22 @@ def optimum(reference: torch.Tensor, kl_coef: float) -> torch.Tensor:
     """``π_ref · exp(r / β) / Z`` (Rafailov et al. 2023, equation 4)."""
     r = torch.tensor([REWARDS["" if w.startswith("<") else w] for w in WORDS], dtype=torch.float64)
     return (reference.log() + r / kl_coef).softmax(-1)
+
+
+def point(policy: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """KL from the reference in nats, and expected reward."""
+    r = torch.tensor([REWARDS["" if w.startswith("<") else w] for w in WORDS], dtype=torch.float64)
+    kl = torch.where(policy > 0, policy * (policy / reference).log(), 0.0).sum()
+    return float(kl), float((policy * r).sum())
+
+
+def best_of_n(reference: torch.Tensor, n: int) -> torch.Tensor:
+    """The distribution of the best of ``n`` answers; answers of one reward share as in the reference."""
+    r = [REWARDS["" if w.startswith("<") else w] for w in WORDS]
+    made = torch.zeros_like(reference)
+    for level in sorted(set(r)):
+        tied = torch.tensor([x == level for x in r])
+        below = reference[torch.tensor([x < level for x in r])].sum()
+        share = (below + reference[tied].sum()) ** n - below**n
+        made[tied] = share * reference[tied] / reference[tied].sum()
+    return made

@@ -170,6 +170,11 @@ class TestFunction:
         inputs = json.loads(Path("out/artifact.json").read_text())["inputs"]
         assert [i["path"] for i in inputs if i["role"] == "reward"] == ["my_reward_a.py"]
 
+    def test_that_raises(self, ppo: Callable[..., Result], prompts: Path) -> None:
+        Path("my_reward_c.py").write_text("def score(prompts, completions): return {}['x']\n")
+        done = ppo(prompts, "-r", "my_reward_c:score")
+        assert (done.code, done.error) == (65, "--reward my_reward_c:score: raised KeyError: 'x'")
+
     def test_absent(self, ppo: Callable[..., Result], prompts: Path) -> None:
         Path("my_reward_b.py").write_text("def score(prompts, completions): return []\n")
         for spec, code, says in [
