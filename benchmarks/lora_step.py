@@ -9,7 +9,7 @@ and compiling are left out: by the clock, and by the process's CPU time, whose r
 disturbs less. Tokens are those of the records; padding counts as nothing. Memory growth is the
 peak resident size of training above the resident size with the model loaded and its weights touched.
 
-TRL runs with its defaults, and with the fastest of several settings, which one run each chooses (--search).
+TRL runs with its defaults, and with the fastest of several settings, which one run each chooses (or --best).
 FLOPs are those that the step needs: the frozen layers forward and with respect to their inputs, LoRA's
 products, causal attention, the output projection of labelled tokens; nothing recomputed. The share is of
 the rate that plain matrix products of the model's own shapes reach in bfloat16 with as many threads.
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument(
         "--best", choices=list(TRL_SETTINGS), help="TRL's best settings; searched if not given"
     )
+    parser.add_argument("--checkpointing", action="store_true", help="also lora-tune with it")
     parser.add_argument("--out", help="a JSON file for the result")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -274,7 +275,8 @@ def main() -> None:
         return
 
     best = args.best or search()
-    engines = ["lora-tune", "lora-tune+checkpointing", "trl:default", f"trl:{best}"]
+    engines = ["lora-tune", "trl:default", f"trl:{best}"]
+    engines += ["lora-tune+checkpointing"] if args.checkpointing else []
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     for _ in range(args.repeats):
         for engine in engines:
