@@ -9,7 +9,15 @@ from typing import Any
 from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
-from tuneutils.tools.pref_collect.db import Answer, Assignment, Item, Rater, lock_assignments
+from tuneutils.tools.pref_collect.db import (
+    OPEN_ITEM,
+    WAITING,
+    Answer,
+    Assignment,
+    Item,
+    Rater,
+    lock_assignments,
+)
 from tuneutils.tools.pref_collect.study import Settings
 
 SUBMISSION_ID = re.compile(r"[A-Za-z0-9-]{16,64}")
@@ -50,17 +58,14 @@ def next_assignment(
     again = _due_repeat(session, settings, rater, done)
     if again is not None:
         return _assign(session, settings, again.item, rater, done, now, repeat=True)
-    item = _due_gold(session, settings, rater, done) or _fresh_item(session, settings, rater)
+    item = _due_gold(session, settings, rater, done) or _fresh_item(session, rater)
     return None if item is None else _assign(session, settings, item, rater, done, now, repeat=False)
 
 
 def _open_assignment(session: Session, rater: Rater) -> Assignment | None:
     """An undone one comes before the one handed out after it."""
     return session.scalar(
-        select(Assignment)
-        .where(Assignment.rater_id == rater.id, ~Assignment.answered, ~Assignment.released)
-        .order_by(Assignment.id)
-        .limit(1)
+        select(Assignment).where(Assignment.rater_id == rater.id, WAITING).order_by(Assignment.id).limit(1)
     )
 
 
@@ -73,16 +78,18 @@ def _release_overdue(session: Session, before: float) -> None:
     """One statement: an answer that arrives meanwhile is kept."""
     overdue = session.execute(
         update(Assignment)
-        .where(~Assignment.answered, ~Assignment.released, Assignment.assigned_at < before)
+        .where(WAITING, Assignment.assigned_at < before)
         .values(released=True)
         .returning(Assignment.item_id, Assignment.repeat)
     )
     for item_id, repeat in overdue.all():
         if not repeat:
-            session.execute(update(Item).where(Item.id == item_id).values(assigned=Item.assigned - 1))
+            session.execute(update(Item).where(Item.id == item_id).values(room=Item.room + 1))
 
 
 def _due_repeat(session: Session, settings: Settings, rater: Rater, done: int) -> Assignment | None:
+    if not settings.repeat_share:
+        return None
     second = aliased(Assignment)
     return session.scalar(
         select(Assignment)
@@ -107,24 +114,18 @@ def _unseen(rater: Rater) -> Any:
 def _due_gold(session: Session, settings: Settings, rater: Rater, done: int) -> Item | None:
     """One in each block of ``gold_every``, at a place that differs between blocks and raters."""
     block, place = divmod(done, settings.gold_every)
-    given = session.scalar(
-        select(func.count())
-        .select_from(Assignment)
-        .join(Item)
-        .where(Assignment.rater_id == rater.id, Item.is_gold)
-    )
-    if (given or 0) > block or place < int(settings.chance("gold", rater.name, block) * settings.gold_every):
+    if place < int(settings.chance("gold", rater.name, block) * settings.gold_every):
         return None
-    return session.scalar(select(Item).where(Item.is_gold, _unseen(rater)).order_by(Item.position).limit(1))
+    item = session.scalar(select(Item).where(Item.is_gold, _unseen(rater)).order_by(Item.position).limit(1))
+    if item is None:
+        return None
+    mine = (Assignment.rater_id == rater.id, Item.is_gold)
+    given = session.scalar(select(func.count()).select_from(Assignment).join(Item).where(*mine)) or 0
+    return item if given <= block else None
 
 
-def _fresh_item(session: Session, settings: Settings, rater: Rater) -> Item | None:
-    return session.scalar(
-        select(Item)
-        .where(~Item.is_gold, Item.assigned < settings.overlap, _unseen(rater))
-        .order_by(Item.position)
-        .limit(1)
-    )
+def _fresh_item(session: Session, rater: Rater) -> Item | None:
+    return session.scalar(select(Item).where(OPEN_ITEM, _unseen(rater)).order_by(Item.position).limit(1))
 
 
 def _assign(
@@ -132,7 +133,7 @@ def _assign(
 ) -> Assignment:
     who = (rater.name, item.key)
     if not repeat:
-        session.execute(update(Item).where(Item.id == item.id).values(assigned=Item.assigned + 1))
+        session.execute(update(Item).where(Item.id == item.id).values(room=Item.room - 1))
     made = Assignment(
         item=item,
         rater_id=rater.id,
@@ -152,17 +153,11 @@ def _assign(
 def progress(session: Session, settings: Settings, rater: Rater) -> Progress:
     """Repeats and gold that are not yet handed out do not count: the rater shall not know of them."""
     done = answered_by(session, rater)
-    waiting = session.scalar(
-        select(func.count()).where(
-            Assignment.rater_id == rater.id, ~Assignment.answered, ~Assignment.released
-        )
-    )
-    fresh = session.scalar(
-        select(func.count())
-        .select_from(Item)
-        .where(~Item.is_gold, Item.assigned < settings.overlap, _unseen(rater))
-    )
-    left = (waiting or 0) + (fresh or 0)
+    mine = Assignment.rater_id == rater.id
+    waiting = session.scalar(select(func.count()).where(mine, WAITING)) or 0
+    room = session.scalar(select(func.count()).select_from(Item).where(OPEN_ITEM)) or 0
+    seen = select(func.count()).select_from(Assignment).join(Item).where(mine, ~Assignment.repeat, OPEN_ITEM)
+    left = waiting + room - (session.scalar(seen) or 0)
     if settings.per_rater is not None:
         left = min(left, max(0, settings.per_rater - done))
     return Progress(done, left)

@@ -18,8 +18,10 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    and_,
     create_engine,
     event,
+    literal_column,
     text,
 )
 from sqlalchemy.engine import URL, make_url
@@ -55,18 +57,18 @@ class Item(Base):
         position: the order in which items are handed out.
         gold: the known answer of a control item, in a JSON object under ``value``.
         extra: the record's other fields; never shown to raters.
-        assigned: raters who have it now or have answered it, repeats aside.
+        room: how many more raters it may go to; gold items have no limit.
     """
 
     __tablename__ = "item"
     id: Mapped[int] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(String(64), unique=True)
-    position: Mapped[int] = mapped_column(index=True)
+    position: Mapped[int]
     content: Mapped[dict[str, Any]]
     is_gold: Mapped[bool]
     gold: Mapped[str | None] = mapped_column(String(16))
     extra: Mapped[dict[str, Any]]
-    assigned: Mapped[int] = mapped_column(default=0)
+    room: Mapped[int]
 
 
 class Rater(Base):
@@ -140,13 +142,19 @@ class Answer(Base):
     assignment: Mapped[Assignment] = relationship()
 
 
-Index(
-    "one_answer_an_assignment",
-    Answer.assignment_id,
-    unique=True,
-    sqlite_where=text("NOT withdrawn"),
-    postgresql_where=text("NOT withdrawn"),
-)
+# Conditions are written once, as literals: an index on a part of a table serves only the same condition.
+OPEN_ITEM = and_(~Item.is_gold, Item.room > literal_column("0"))
+WAITING = and_(~Assignment.answered, ~Assignment.released)
+
+
+def _partial(name: str, column: Any, condition: Any, *, unique: bool = False) -> Index:
+    return Index(name, column, unique=unique, sqlite_where=condition, postgresql_where=condition)
+
+
+_partial("one_answer_an_assignment", Answer.assignment_id, ~Answer.withdrawn, unique=True)
+_partial("item_open", Item.position, OPEN_ITEM)
+_partial("item_gold", Item.position, Item.is_gold)
+_partial("assignment_waiting", Assignment.assigned_at, WAITING)
 
 
 def database_url(given: str) -> URL:

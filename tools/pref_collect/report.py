@@ -44,7 +44,7 @@ def measure(votes: Votes, resamples: int, seed: int) -> dict[str, Any]:
         "items": len({row["item"] for row in rows}),
         "raters": len(raters),
         "votes_per_item": _histogram(plain),
-        "choices": dict(sorted(Counter(str(_choice(row)) for row in first).items())),
+        "choices": _choices(first, mode),
         "agreement": quality.agreement(plain, mode, resamples, seed),
         "consistency": quality.self_consistency(rows, mode, resamples, seed),
         "gold_accuracy": quality.gold_accuracy(rows, mode, resamples, seed),
@@ -56,8 +56,11 @@ def measure(votes: Votes, resamples: int, seed: int) -> dict[str, Any]:
     return found
 
 
-def _choice(row: Record) -> Any:
-    return "both-bad" if row.get("both_bad") else row["value"]
+def _choices(rows: Sequence[Record], mode: str) -> dict[str, int]:
+    """How often each point of the scale was chosen, from the best of A (or the best) downwards."""
+    scale = [*range(7, 0, -1)] if mode == "rate" else [*range(3, -4, -1), "both-bad"]
+    found = Counter("both-bad" if row.get("both_bad") else row["value"] for row in rows)
+    return {str(point): found[point] for point in scale}
 
 
 def _histogram(rows: Sequence[Record]) -> dict[str, int]:

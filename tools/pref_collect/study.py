@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
 from tuneutils.shared.artifact import describe_input
@@ -80,6 +80,8 @@ def set_up(engine: Engine, run: Run[Any], candidates: Sequence[Candidate]) -> Se
         study = session.scalar(select(Study))
         if study is not None:
             _check_same(study, wanted, digest)
+            more = wanted.overlap - study.settings["overlap"]
+            session.execute(update(Item).values(room=Item.room + more))
             study.settings = wanted.as_json()
             return wanted
         inputs = [describe_input("candidates", path).as_json() for path in run.inputs]
@@ -117,6 +119,7 @@ def _items(candidates: Sequence[Candidate], settings: Settings) -> list[Item]:
             is_gold=candidates[i].gold is not None,
             gold=candidates[i].gold,
             extra=candidates[i].extra,
+            room=settings.overlap,
         )
         for position, i in enumerate(order)
     ]

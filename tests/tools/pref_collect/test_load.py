@@ -13,6 +13,7 @@ import subprocess
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ class Load:
 
     def run(self, served: Any, kill_after: int | None = None) -> None:
         self.kill_after = kill_after
-        asyncio.run(self._all(served))
+        # In a thread of its own: Playwright's event loop may be running in this one.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(self._all(served))).result()
 
     async def _all(self, served: Any) -> None:
         limits = httpx.Limits(max_connections=1)
