@@ -102,11 +102,13 @@ def select(rows: list[Record], number: int, by: str, seed: int) -> list[Record]:
 
 
 def _score_gap(row: Record) -> float:
-    scores = [row.get("score_a"), row.get("score_b")]
-    for name, value in zip(SIDES, scores, strict=True):
+    scores: list[float] = []
+    for name in ("score_a", "score_b"):
+        value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ToolError(f"a record has no number in the field 'score_{name}'; score the pairs first")
-    return abs(scores[0] - scores[1])  # type: ignore[operator]
+            raise ToolError(f"a record has no number in the field {name!r}; score the pairs first")
+        scores.append(value)
+    return abs(scores[0] - scores[1])
 
 
 def _sampled(run: Run[GenerateParams], reader: Reader, dropped: Counter[str]) -> list[Record]:

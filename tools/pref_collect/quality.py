@@ -31,7 +31,7 @@ def unit_coincidences(counts: Floats) -> Floats:
     sizes = counts.sum(1)
     pairs = counts[:, :, None] * counts[:, None, :]
     pairs -= counts[:, :, None] * np.eye(counts.shape[1])
-    return pairs / np.maximum(sizes - 1, 1)[:, None, None] * (sizes >= 2)[:, None, None]
+    return np.asarray(pairs / np.maximum(sizes - 1, 1)[:, None, None] * (sizes >= 2)[:, None, None])
 
 
 def alpha_of(coincidences: Floats, values: Floats, level: str) -> Floats:

@@ -116,8 +116,6 @@ def page(found: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return templates.get_template("report.html").render(report=found, shown=shown, most=_most(found))
-
-
-def _most(found: dict[str, Any]) -> int:
-    return max(found["choices"].values())
+    return templates.get_template("report.html").render(
+        report=found, shown=shown, most=max(found["choices"].values())
+    )

@@ -184,12 +184,15 @@ def _score(params: SimulateParams, settings: Settings) -> Strength:
     name = params.score_field
     fields = (name,) if settings.mode == "rate" else (f"{name}_a", f"{name}_b")
 
+    def score(item: Item, field: str) -> float:
+        value = item.extra.get(field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ToolError(f"item {item.key}: --rule score needs a number in the field {field!r}")
+        return float(value)
+
     def strength(item: Item) -> float:
-        values = [item.extra.get(field) for field in fields]
-        for field, value in zip(fields, values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ToolError(f"item {item.key}: --rule score needs a number in the field {field!r}")
-        return _graded(values[0] - (values[1] if len(values) > 1 else 0), 1)
+        first, *others = (score(item, field) for field in fields)
+        return _graded(first - sum(others), 1)
 
     return strength
 
