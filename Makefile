@@ -35,7 +35,7 @@ browser:
 	  || echo "no chromium: the browser tests will be skipped"
 
 test: install lint browser
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu"
