@@ -24,7 +24,6 @@ from typing import Any
 
 from tuneutils.shared.errors import ExitCode, ToolError
 
-DEFAULT_INDEX = "https://pypi.org/simple"
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _SDIST = (".tar.gz", ".zip", ".tar.bz2", ".tgz")
 
@@ -118,12 +117,19 @@ def _sortable(version: str) -> list[tuple[int, str]]:
 def _listed(name: str, settings: Mapping[str, str]) -> Iterator[IndexFile]:
     for place in settings.get("find-links", "").split():
         yield from _linked(place, settings)
-    indexes = [settings.get("index-url", DEFAULT_INDEX)] if "no-index" not in settings else []
+    indexes = [settings.get("index-url") or _default_index()] if "no-index" not in settings else []
     for index in indexes + settings.get("extra-index-url", "").split():
         page = f"{index.rstrip('/')}/{normalised(name)}/"
         body = _get(page, settings)
         if body is not None:
             yield from parse_page(body, page)
+
+
+def _default_index() -> str:
+    """The index that pip itself uses when none is configured."""
+    from pip._internal.models.index import PyPI
+
+    return str(PyPI.simple_url)
 
 
 def _linked(place: str, settings: Mapping[str, str]) -> Iterator[IndexFile]:

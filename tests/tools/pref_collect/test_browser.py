@@ -21,7 +21,9 @@ def log_in(chromium: Any, served: Any, **context: Any) -> Any:
 
 
 def answered(page: Any, text: str) -> None:
-    page.get_by_text(re.compile(text)).wait_for(timeout=10_000)
+    page.get_by_text(re.compile(text)).wait_for(timeout=30_000)
+    # The text is there before the script that listens to the keyboard.
+    page.wait_for_load_state("load")
 
 
 def responses(path: Path) -> list[tuple[str, int]]:
@@ -43,6 +45,8 @@ def test_twenty_items_by_keyboard_alone(
     keys = "12345670" * 3
     for i in range(20):
         answered(page, f"^{i} of 20 answered")
+        # The script moves the focus here as soon as it listens to the keyboard.
+        page.wait_for_function("document.activeElement?.id === 'start'")
         page.keyboard.press(keys[i])
         page.keyboard.press("Enter")
     answered(page, "All done")
