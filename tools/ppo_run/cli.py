@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
+from tuneutils.tools.ppo_run.compare_params import CompareParams
 from tuneutils.tools.ppo_run.params import Params
 
 main = tool_group(
@@ -43,6 +44,17 @@ def doctor(run: Run[Params]) -> Summary:
     from tuneutils.tools.ppo_run.doctor import examine
 
     return examine(run)
+
+
+@tool("compare", CompareParams, group="train", inputs="POLICIES", stdin=False, output="report", parent=main)
+def compare(run: Run[CompareParams]) -> Summary:
+    """Answer the same prompts with POLICIES ([NAME=]PATH, the first the one the others started from).
+
+    Gives reward, gold reward, win rate, KL, forgetting and the texts side by side, with intervals.
+    """
+    from tuneutils.tools.ppo_run.compare import compare
+
+    return compare(run)
 
 
 if __name__ == "__main__":
