@@ -20,7 +20,14 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch  # isort: skip
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 from tuneutils.shared.checkpoints import mark_complete
@@ -112,7 +119,72 @@ class Collator:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
+class Resumable(Trainer):  # type: ignore[misc]
+    """What lets one of TRL's trainers go on from a killed run: put it before that trainer among the bases.
+
+    Checkpoints hold the tensors that training changes, by name; a log has nothing that varies between runs.
+    """
+
+    logged = LOGGED
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last checkpoint a run has nothing left to do; the trainer would do one step more.
+        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name, on the CPU."""
+        model = self.accelerator.unwrap_model(self.model)
+        return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+    def load_trainable(self, folder: str) -> None:
+        """Put a checkpoint's tensors back; every name must match."""
+        from safetensors.torch import load_file
+
+        saved = load_file(str(Path(folder) / TRAINABLE))
+        model = self.accelerator.unwrap_model(self.model)
+        ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if saved.keys() != ours.keys():
+            raise ToolError(f"{folder}: a checkpoint of other parameters; remove it to start anew")
+        with torch.no_grad():
+            for name, parameter in ours.items():
+                parameter.copy_(saved[name].to(parameter))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._save(output_dir, state_dict)
+            return
+        from safetensors.torch import save_file
+
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.trainable_state(), folder / TRAINABLE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # TRL's trainers would write a model card into each checkpoint here.
+        Trainer._save_checkpoint(self, model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.load_trainable(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self.load_trainable(self.state.best_model_checkpoint)
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The training log without anything that depends on the clock or the machine."""
+        kept = [{k: e[k] for k in self.logged if k in e} for e in self.state.log_history]
+        return [e for e in kept if "loss" in e or "eval_loss" in e]
+
+
+class ResumableTrainer(Resumable, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on encoded examples; see the module's description for what is replaced.
 
     Args:
@@ -205,13 +277,6 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
             )
         return super().create_optimizer(model)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed from its last checkpoint a run has nothing left to do; the trainer would do one step more.
-        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
     # ---- held-out loss
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
@@ -238,57 +303,6 @@ class ResumableTrainer(SFTTrainer):  # type: ignore[misc]
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # ---- checkpoints
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """The tensors that training changes, by name, on the CPU."""
-        model = self.accelerator.unwrap_model(self.model)
-        return {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-
-    def load_trainable(self, folder: str) -> None:
-        """Put a checkpoint's tensors back; every name must match."""
-        from safetensors.torch import load_file
-
-        saved = load_file(str(Path(folder) / TRAINABLE))
-        model = self.accelerator.unwrap_model(self.model)
-        ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if saved.keys() != ours.keys():
-            raise ToolError(f"{folder}: a checkpoint of other parameters; remove it to start anew")
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(saved[name].to(parameter))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._save(output_dir, state_dict)
-            return
-        from safetensors.torch import save_file
-
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.trainable_state(), folder / TRAINABLE)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # SFTTrainer would write a model card into each checkpoint here.
-        super(SFTTrainer, self)._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.load_trainable(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_best_model()
-        elif self.state.best_model_checkpoint is not None:
-            self.load_trainable(self.state.best_model_checkpoint)
-
-    def log_lines(self) -> list[dict[str, Any]]:
-        """The training log without anything that depends on the clock or the machine."""
-        kept = [{k: e[k] for k in LOGGED if k in e} for e in self.state.log_history]
-        return [e for e in kept if "loss" in e or "eval_loss" in e]
 
 
 class MarkComplete(TrainerCallback):  # type: ignore[misc]
