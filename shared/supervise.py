@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-LEARNABLE = ("messages", "prompt-completion", "text")
+LEARNABLE = ("messages", "prompt-completion", "text", "preference")
 LEARN_CHOICES = ("completion", "last", "all")
 TEMPLATE_CHOICES = ("auto", "chat", "none")
 
@@ -59,7 +59,8 @@ def encode(
     """Tokenize one record and mark what is learnt, closing EOS included.
 
     Args:
-        record: ``text``, ``prompt``+``completion`` (strings or messages), or ``messages``.
+        record: ``text``, ``prompt``+``completion`` (strings or messages), ``messages``, or a preference,
+            of which the chosen answer is learnt.
         max_length: tokens kept, from the start.
         learn: ``completion`` (every assistant turn), ``last`` (the last one only) or ``all`` tokens.
         template: ``auto`` puts string prompts into the tokenizer's chat template if it has one; ``none``
@@ -69,12 +70,20 @@ def encode(
         ValueError: the record cannot be encoded; the caller places it.
     """
     kind = format_of(record)
+    if kind == "preference":
+        return encode(
+            {"prompt": record["prompt"], "completion": record["chosen"]},
+            tokenizer,
+            max_length,
+            learn=learn,
+            template=template,
+        )
     if kind == "text":
         encoded = _encode_text(record["text"], tokenizer)
     elif kind in ("messages", "prompt-completion"):
         encoded = _encode_segments(segments(record, tokenizer, learn=learn, template=template), tokenizer)
     else:
-        raise ValueError(f"cannot learn from a {kind or 'nameless'} record")
+        raise ValueError(f"cannot learn from {kind or 'nameless'} records")
     if learn == "all":
         encoded = replace(encoded, labels=_until_eos(encoded.input_ids, tokenizer.eos_token_id))
     if max_length is not None and len(encoded) > max_length:

@@ -262,7 +262,7 @@ def test_the_gate_refuses_padding_with_eos() -> None:
     ("record", "reason"),
     [
         ({"messages": CONVERSATION[:2]}, "no assistant turn"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "cannot learn from a preference record"),
+        ({"prompt": "a", "completion": "b", "label": False}, "cannot learn from unpaired records"),
     ],
 )
 def test_records_that_teach_nothing_are_refused(tokenizer: Any, record: Any, reason: str) -> None:
@@ -295,3 +295,20 @@ def test_labels_are_shown_with_and_without_colour(tokenizer: Any) -> None:
     encoded = by_hand(tokenizer, [("a", False), ("b", True)])
     assert show_labels(encoded, tokenizer, color=False) == "a[b]"
     assert show_labels(encoded, tokenizer, color=True) == "\x1b[2ma\x1b[0m\x1b[32mb\x1b[0m"
+
+
+def test_of_a_preference_the_chosen_answer_is_learnt(tokenizer: Any) -> None:
+    preferred = {
+        "prompt": CONVERSATION[1]["content"],
+        "chosen": CONVERSATION[2]["content"],
+        "rejected": "Something else.",
+    }
+    assert encode(preferred, tokenizer) == encode(
+        {"prompt": CONVERSATION[1]["content"], "completion": CONVERSATION[2]["content"]}, tokenizer
+    )
+    turns = {
+        "prompt": [{"role": "user", "content": CONVERSATION[1]["content"]}],
+        "chosen": [{"role": "assistant", "content": CONVERSATION[2]["content"]}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    assert encode(turns, tokenizer) == encode(preferred, tokenizer)

@@ -17,7 +17,8 @@ def plan(run: Run[Params]) -> dict[str, Any]:
 
 @tool("lora-tune", Params, group="train", inputs="RECORDS", output="adapter or model", plan=plan)
 def main(run: Run[Params]) -> Summary:
-    """Fine-tune a model on RECORDS: text, prompt+completion, or messages.
+    """Fine-tune a model on RECORDS: text, prompt+completion, messages, or the chosen answers of
+    preferences.
 
     The result is an adapter in PEFT's format, or with --method full a model, with its manifest. A killed
     run goes on from its last checkpoint when started again.
