@@ -119,7 +119,7 @@ class _Options:
     with_entropy: bool = False
 
 
-class _Gradients:
+class HeadGradients:
     """Buffers of the gradients that are asked for, filled chunk by chunk."""
 
     def __init__(
@@ -148,7 +148,8 @@ class _Gradients:
         return self.hidden, grad_weight, grad_bias
 
 
-def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``hidden @ weight.T + bias`` in the precision in which the softmax is taken."""
     logits = F.linear(hidden, weight, bias)
     return logits.to(accumulation_dtype(logits.dtype))
 
@@ -162,13 +163,13 @@ def _backward_chunks(
     needs: tuple[bool, bool, bool],
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
-) -> tuple[Tensor, _Gradients]:
+) -> tuple[Tensor, HeadGradients]:
     """Log-probabilities ``(N,)`` and the gradients of ``sum(grad_logprobs * logprobs) + ...``."""
-    gradients = _Gradients(hidden, weight, bias, needs)
+    gradients = HeadGradients(hidden, weight, bias, needs)
     logprobs = torch.empty_like(grad_logprobs)
     for start in range(0, len(labels), options.chunk_tokens):
         rows = slice(start, start + options.chunk_tokens)
-        logits = _raw_logits(hidden[rows], weight, bias)
+        logits = raw_logits(hidden[rows], weight, bias)
         entropy_rows = None if grad_entropy is None else grad_entropy[rows]
         logprobs[rows], _, grad = _chunk(
             logits, labels[rows], options.transform, False, grad_logprobs[rows], entropy_rows
@@ -179,7 +180,7 @@ def _backward_chunks(
     return logprobs, gradients
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():  # within backward: create_graph=True
         raise RuntimeError(
             "the chunked loss is differentiable once; use F.cross_entropy with create_graph=True"
@@ -208,7 +209,7 @@ class _NllSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         hidden, weight, bias, labels = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward under retain_graph: the first took the buffers
@@ -238,7 +239,7 @@ def _forward_chunks(
     entropy = torch.empty_like(logprobs) if options.with_entropy else None
     for start in range(0, len(labels), options.chunk_tokens):
         rows = slice(start, start + options.chunk_tokens)
-        logits = _raw_logits(hidden[rows], weight, bias)
+        logits = raw_logits(hidden[rows], weight, bias)
         logprobs[rows], chunk_entropy, _ = _chunk(
             logits, labels[rows], options.transform, options.with_entropy
         )
@@ -264,7 +265,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         hidden, weight, bias, labels = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = hidden.new_zeros(len(labels), dtype=accumulation_dtype(hidden.dtype))
@@ -275,7 +276,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return (*gradients.cast(weight), None, None)
 
 
-def _autocast_inputs(
+def autocast_inputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The dtype that ``F.linear`` would compute in: autocast's, else the weight's."""
@@ -361,7 +362,7 @@ def chunked_cross_entropy(
         )
     _check_shapes(hidden, weight, labels)
     rows, targets, _ = kept_rows(hidden, labels, ignore_index)
-    rows, weight, bias = _autocast_inputs(rows, weight, bias)
+    rows, weight, bias = autocast_inputs(rows, weight, bias)
     transform = LogitTransform(logit_scale, logit_softcap, temperature)
     options = _options(hidden, weight, transform, chunk_tokens, False)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -419,7 +420,7 @@ def token_logprobs(
     """
     _check_shapes(hidden, weight, labels)
     rows, targets, kept = kept_rows(hidden, labels, ignore_index)
-    rows, weight, bias = _autocast_inputs(rows, weight, bias)
+    rows, weight, bias = autocast_inputs(rows, weight, bias)
     transform = LogitTransform(logit_scale, logit_softcap, temperature)
     options = _options(hidden, weight, transform, chunk_tokens, with_entropy)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -72,7 +72,7 @@ def causal_nll(
     """
 
     def compute(hidden: Tensor, targets: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
-        linear = _plain_linear(head)
+        linear = plain_linear(head)
         if linear is None or reduction == "none":
             logprobs, _ = _head_logprobs(hidden, head, targets, transform, False, chunk_tokens)
             if reduction == "none":
@@ -92,7 +92,7 @@ def causal_nll(
         )
         return loss
 
-    result = _run(model, input_ids, attention_mask, labels, position_ids, compute)
+    result = run_head(model, input_ids, attention_mask, labels, position_ids, compute)
     assert isinstance(result, Tensor)
     return result
 
@@ -150,7 +150,7 @@ def sequence_logprobs(
             return _pad_first(logprobs)
         return _pad_first(logprobs), _pad_first(entropy)
 
-    return _run(model, input_ids, attention_mask, labels, position_ids, compute)
+    return run_head(model, input_ids, attention_mask, labels, position_ids, compute)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -166,7 +166,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _run(
+def run_head(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -174,7 +174,11 @@ def _run(
     position_ids: Tensor | None,
     compute: Compute,
 ) -> Result:
-    """``compute`` on the hidden states ``(B, T - 1, H)`` that predict tokens 1 to T - 1, and on those."""
+    """``compute`` on the hidden states ``(B, T - 1, H)`` that predict tokens 1 to T - 1, and on those.
+
+    It also gets the output projection and what the model makes of its output. Other arguments and errors as
+    in :func:`causal_nll`.
+    """
     base = unwrap(model)
     head = _output_head(base)
     takes_positions = accepts(base, "position_ids")
@@ -318,7 +322,7 @@ def _measured_transform(output: Any, name: str) -> LogitTransform:
     return transform
 
 
-def _plain_linear(head: nn.Module) -> nn.Linear | None:
+def plain_linear(head: nn.Module) -> nn.Linear | None:
     """The linear layer that ``head`` amounts to now, or None where it does more (adapter, 4-bit, hooked)."""
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         if _is_bypassed(head):
@@ -345,7 +349,7 @@ def _head_logprobs(
     chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities and entropies ``(B, T - 1)``, 0 where ignored, through any kind of head."""
-    linear = _plain_linear(head)
+    linear = plain_linear(head)
     if linear is None:
         return _checkpointed_logprobs(hidden, head, targets, transform, with_entropy, chunk_tokens)
     options: ProjectionOptions = {
