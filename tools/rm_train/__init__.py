@@ -1,0 +1,1 @@
+"""train: a Bradley–Terry reward model from preferences, and its scores."""

@@ -1,0 +1,354 @@
+"""Training a reward model from top to bottom: preferences and a base in, a scorer with its evaluation out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneutils.shared.artifact import Artifact
+from tuneutils.shared.command import Run
+from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
+from tuneutils.shared.methods import apply_method, learning_rate, settle_adapter_config
+from tuneutils.shared.models import ModelRef, load_tokenizer, model_input, parameter_counts
+from tuneutils.tools.rm_train.normalise import measured_on, open_demonstrations
+from tuneutils.tools.rm_train.pairs import Pair, Source, open_source, read_pairs, split
+from tuneutils.tools.rm_train.params import TrainParams
+from tuneutils.tools.rm_train.plan import check_options, text_limit, with_head
+from tuneutils.tools.rm_train.report import headline, measure, say, write_report
+from tuneutils.tools.rm_train.reward_model import NORMALISATION, TEXT, RewardModel, load_classifier
+from tuneutils.tools.rm_train.scored import sample, score_pairs
+
+
+@dataclass
+class Fitted:
+    """What training leaves: the trained model, its parameter counts, steps and log."""
+
+    rm: RewardModel
+    counts: dict[str, int]
+    steps: int
+    log: list[dict[str, Any]]
+
+
+def train(run: Run[TrainParams]) -> dict[str, Any]:
+    """Run ``rm-train train``; returns the summary.
+
+    Raises:
+        ToolError: bad input, with its place; nothing is written then.
+    """
+    params = run.params
+    if not is_main():
+        run.quiet = True
+        run.log.setLevel("ERROR")
+    base = check_options(params)
+    source = open_source(run, run.inputs, "records")
+    evals = {name: open_source(run, [path], "eval") for name, path in named(params.eval).items()}
+    demonstrations = open_demonstrations(run)
+    inputs = [model_input(params.model), *source.inputs]
+    inputs += [i for s in (*evals.values(), demonstrations) if s is not None for i in s.inputs]
+    with run.artifact("reward-model", inputs) as art:
+        art.licence = inputs[0].licence
+        tokenizer = load_tokenizer(base, trust_remote_code=params.trust_remote_code)
+        limit = text_limit(params, base)
+        pairs, held = _sides(run, art, source, evals, tokenizer, limit)
+        fitted = fit(run, art, base, tokenizer, pairs, limit)
+        if not is_main():
+            return {}
+        rm = fitted.rm
+        learnt = score_pairs(rm, sample(pairs, run.seed), 2 * params.batch_size)
+        if params.normalise != "none":
+            rm.mean, rm.std = measured_on(run, rm, learnt, demonstrations)
+        scored = {name: score_pairs(rm, some, 2 * params.batch_size) for name, some in held.items()}
+        report = measure(rm, scored, learnt=learnt, seed=run.seed)
+        say(run, report)
+        _save(run, art, base, fitted)
+        write_report(run, art.dir, report, list(scored.values()))
+        _record(art, fitted, pairs, report)
+    return {"output": run.output, "metrics": art.metrics}
+
+
+def named(given: Sequence[str]) -> dict[str, str]:
+    """``[NAME=]FILE`` by name; a file without one is called ``eval``, ``eval-2``, …"""
+    made: dict[str, str] = {}
+    for entry in given:
+        name, equals, path = entry.partition("=")
+        if not equals or "/" in name:
+            name, path = "eval" if "eval" not in made else f"eval-{len(made) + 1}", entry
+        made[name] = path
+    return made
+
+
+def _sides(
+    run: Run[TrainParams],
+    art: Artifact,
+    source: Source,
+    evals: dict[str, Source],
+    tokenizer: Any,
+    limit: int,
+) -> tuple[list[Pair], dict[str, list[Pair]]]:
+    """What is learnt, and what is held out by name."""
+    params = run.params
+    found = read_pairs(run, source, tokenizer, template=params.template, limit=limit)
+    art.metrics.update(truncated=found.truncated, dropped=found.dropped, refused=found.refused)
+    if evals:
+        pairs = found.pairs
+        held = {
+            name: read_pairs(run, one, tokenizer, template=params.template, limit=limit).pairs
+            for name, one in evals.items()
+        }
+    else:
+        pairs, kept = split(found.pairs, params.eval_share, run.seed)
+        held = {"heldout": kept} if kept else {}
+    known = {p.key for p in pairs}
+    for name, others in held.items():
+        if leaked := len({p.key for p in others} & known):
+            run.log.warning("%d prompts of %s are also learnt from; its numbers flatter", leaked, name)
+    run.log.info("%d pairs to learn from, %d held out", len(pairs), sum(map(len, held.values())))
+    return pairs, held
+
+
+def fit(
+    run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, pairs: Sequence[Pair], limit: int
+) -> Fitted:
+    """Train on the pairs; goes on from the last checkpoint of the same run."""
+    import torch
+
+    from tuneutils.shared.adapters.fused_lora import fused
+    from tuneutils.shared.training import MarkComplete, StopOnNaN
+    from tuneutils.tools.rm_train.trainer import PairTrainer
+
+    params = run.params
+    seed_everything(run.seed)
+    where = resolve_device(run.device)
+    dtype = resolve_dtype(run.dtype, where)
+    # Full fine-tuning keeps float32 master weights and multiplies in the precision asked for.
+    stored = torch.float32 if params.method == "full" else dtype
+    model = load_classifier(
+        base,
+        where,
+        stored,
+        tokenizer.pad_token_id,
+        new_head_seed=run.seed,
+        trust_remote_code=params.trust_remote_code,
+    )
+    model.requires_grad_(False)
+    model = apply_method(model, tokenizer, with_head(params), ".")
+    if params.gradient_checkpointing:
+        model.enable_input_require_grads()
+    counts = parameter_counts(model)
+    run.log.info(
+        "%s: %d of %d parameters trainable (%.3f %%), %s on %s",
+        params.method,
+        counts["trainable"],
+        counts["total"],
+        100 * counts["trainable"] / counts["total"],
+        dtype_name(dtype),
+        where,
+    )
+    checkpoints = art.work / "checkpoints"
+    trainer = PairTrainer(
+        model,
+        _config(run, checkpoints, dtype, len(pairs), where.type == "cpu"),
+        tokenizer,
+        pairs,
+        margin_scale=params.margin_scale,
+        soft_labels=params.soft_labels,
+        centre=params.centre,
+        callbacks=[MarkComplete(), StopOnNaN(), _reporter(run, art)],
+    )
+    with trainer.accelerator.main_process_first():
+        resume = _resume_point(run, checkpoints, art)
+    started = time.monotonic()
+    with fused(model, where):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    log_event(
+        run,
+        art,
+        event="done",
+        train_s=time.monotonic() - started,
+        resumed=bool(resume),
+        device=str(where),
+        **_peaks(where.type),
+    )
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    rm = RewardModel(trained, tokenizer, where, dtype, template=params.template, max_length=limit)
+    return Fitted(rm, counts, trainer.state.global_step, trainer.log_lines())
+
+
+def _config(run: Run[TrainParams], folder: Path, dtype: Any, pairs: int, use_cpu: bool) -> Any:
+    """TRL's RewardConfig for our parameters; its data preparation is off, since pairs come encoded."""
+    import torch
+    from trl import RewardConfig
+
+    params = run.params
+    per_epoch = math.ceil(pairs / (params.batch_size * params.gradient_accumulation * world_size()))
+    steps = params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
+    return RewardConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=params.batch_size,
+        gradient_accumulation_steps=params.gradient_accumulation,
+        learning_rate=learning_rate(params),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(params.schedule, params.schedule),
+        warmup_steps=int(params.warmup * steps),
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        gradient_checkpointing=params.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=use_cpu,
+        seed=run.seed,
+        data_seed=run.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="steps" if params.checkpoint_every else "no",
+        save_steps=params.checkpoint_every or 500,
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
+        max_length=None,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not use_cpu,
+        report_to=[],
+        disable_tqdm=True,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if use_cpu and world_size() > 1 else None,
+    )
+
+
+def _reporter(run: Run[TrainParams], art: Artifact) -> Any:
+    from transformers import TrainerCallback
+
+    class Report(TrainerCallback):  # type: ignore[misc]
+        """Progress for people, and every logged step as a line of the run log."""
+
+        bar: Any = None
+
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            if self.bar is None:
+                self.bar = run.progress(state.max_steps, "training", "steps")
+                self.bar.update(state.global_step)
+                return
+            last = next((e for e in reversed(state.log_history) if "loss" in e), None)
+            shown = {k: f"{last[k]:.3f}" for k in ("loss", "accuracy") if k in last} if last else {}
+            self.bar.update(1, **shown)
+
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
+            log_event(run, art, event="step", step=state.global_step, **(logs or {}))
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            if self.bar is not None:
+                self.bar.__exit__()
+
+    return Report()
+
+
+def _resume_point(run: Run[TrainParams], checkpoints: Path, art: Artifact) -> Path | None:
+    """The checkpoint to go on from: only one of a run with the same inputs and parameters."""
+    from tuneutils.shared.artifact import library_versions
+    from tuneutils.shared.checkpoints import last_checkpoint, run_identity
+
+    values = {k: v["value"] for k, v in run.manifest_params().items()}
+    inputs = [(i.role, i.sha256) for i in art.inputs]
+    where = resolve_device(run.device).type
+    identity = run_identity(values, run.seed, inputs, library_versions(), world_size(), where)
+    found = last_checkpoint(checkpoints, identity)
+    if found is not None:
+        run.log.info("going on from step %s", found.name.split("-")[1])
+    return found
+
+
+def _save(run: Run[TrainParams], art: Artifact, base: ModelRef, fitted: Fitted) -> None:
+    """The trained weights in their ecosystem's format, without anything that varies between runs."""
+    model, tokenizer = fitted.rm.model, fitted.rm.tokenizer
+    if run.params.method != "full":
+        folder = art.work / "adapter" if run.params.merge else art.dir
+        config = model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = base.path, base.revision
+        model.save_pretrained(folder, save_embedding_layers=False)
+        settle_adapter_config(folder)
+        if run.params.merge:
+            model = _merged(run, base, tokenizer, folder)
+    if run.params.method == "full" or run.params.merge:
+        model.config.use_cache = True
+        model.save_pretrained(art.dir)
+    (art.dir / "README.md").unlink(missing_ok=True)
+    tokenizer.save_pretrained(art.dir)
+    with open(art.dir / "log.jsonl", "w", encoding="utf-8") as stream:
+        for line in fitted.log:
+            stream.write(json.dumps(line) + "\n")
+
+
+def _merged(run: Run[TrainParams], base: ModelRef, tokenizer: Any, adapter: Path) -> Any:
+    """The adapter merged in float32, whatever precision it was trained in."""
+    import torch
+
+    from tuneutils.shared.models import load_adapter
+
+    model = load_classifier(
+        base,
+        torch.device("cpu"),
+        torch.float32,
+        tokenizer.pad_token_id,
+        new_head_seed=run.seed,
+        trust_remote_code=run.params.trust_remote_code,
+    )
+    return load_adapter(model, str(adapter)).merge_and_unload()
+
+
+def _record(art: Artifact, fitted: Fitted, pairs: Sequence[Pair], report: dict[str, Any]) -> None:
+    rm = fitted.rm
+    art.extra["method"] = art.run.params.method
+    art.extra["dtype"] = dtype_name(rm.dtype)
+    art.extra[TEXT] = {"template": rm.template, "max_length": rm.max_length}
+    if art.run.params.normalise != "none":
+        art.extra[NORMALISATION] = {"mean": rm.mean, "std": rm.std}
+    art.metrics.update(
+        trainable_parameters=fitted.counts["trainable"],
+        total_parameters=fitted.counts["total"],
+        pairs=len(pairs),
+        tokens=sum(len(p.chosen.ids) + len(p.rejected.ids) for p in pairs),
+        steps=fitted.steps,
+        final_loss=next((e["loss"] for e in reversed(fitted.log) if "loss" in e), None),
+        **headline(report),
+    )
+
+
+def _peaks(device_type: str) -> dict[str, int]:
+    import resource
+
+    import torch
+
+    made = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device_type == "cuda":
+        made["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return made
+
+
+def log_event(run: Run[TrainParams], art: Artifact, **event: Any) -> None:
+    """A line of the run log: what depends on clock and machine belongs here, not in the artifact."""
+    if not is_main():
+        return
+    art.work.mkdir(parents=True, exist_ok=True)
+    with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
+
+
+def world_size() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    import os
+
+    return not int(os.environ.get("RANK", "0"))
