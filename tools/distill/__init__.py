@@ -1,0 +1,1 @@
+"""train: distil a teacher into a smaller student, cut from it or given."""
