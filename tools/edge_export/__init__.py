@@ -1,0 +1,1 @@
+"""compress: write the file that an edge runtime loads, with its parity checked in that runtime."""
