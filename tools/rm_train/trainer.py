@@ -64,6 +64,7 @@ class PairTrainer(Resumable, RewardTrainer):  # type: ignore[misc]
     """RewardTrainer on encoded pairs; see the module's description for what is replaced."""
 
     logged = (*LOGGED, "accuracy", "margin", "mean_reward")
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
