@@ -92,9 +92,10 @@ def _read(tokenizer: Any, pieces: Sequence[tuple[str, bool, bool]], common: Sequ
         limit = common[number] if number < len(common) else -1
         if ids and limit >= 0:
             places[(number, 0)] = len(ids) - 1
-        for token, (_, end) in zip(given.input_ids, given.offset_mapping, strict=True):
+        starts = [start for start, _ in given.offset_mapping[1:]] + [len(text)]
+        for token, (_, end), following in zip(given.input_ids, given.offset_mapping, starts, strict=True):
             ids.append(token)
-            if 0 < end <= limit:
+            if 0 < end <= min(limit, following):  # a token that starts before has the rest of a character
                 places[(number, end)] = len(ids) - 1
     return _Read(ids, places)
 

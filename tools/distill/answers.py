@@ -86,4 +86,4 @@ def _answered(record: Record, prompt: Sequence[int], answer: str, tokenizer: Any
     if "messages" in record:
         last = max(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
         return {**record, "messages": [*record["messages"][:last], turn]}
-    return {**record, "completion": [turn] if isinstance(record["completion"], list) else answer}
+    return {**record, "completion": [turn] if isinstance(record.get("completion"), list) else answer}

@@ -11,7 +11,7 @@ from tuneutils.shared.artifact import Input, describe_input, work_dir
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.records import Located, Reader, dump_line, format_of
-from tuneutils.shared.supervise import IGNORE, LEARNABLE, Encoded, encode, windows
+from tuneutils.shared.supervise import IGNORE, LEARNABLE, Encoded, encode, prompt_ids, windows
 from tuneutils.tools.distill.params import Params
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def open_stream(run: Run[Params], paths: Sequence[str], role: str) -> Stream:
     if run.on_error == "quarantine" and run.output is not None:
         quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl"
     inputs = [describe_input(role, path) for path in paths if path != "-"]
-    reader = Reader(paths, formats=LEARNABLE, on_error=run.on_error, quarantine=quarantine)
+    answered = role == "records" and run.params.data in ("teacher", "student")
+    formats = (*LEARNABLE, "prompt") if answered else LEARNABLE
+    reader = Reader(paths, formats=formats, on_error=run.on_error, quarantine=quarantine)
     if "-" not in paths:
         return Stream(role, reader, inputs, reader.located())
     located = list(reader.located())
@@ -122,6 +124,9 @@ def encode_one(record: Any, tokenizer: Any, params: Params, limit: int) -> list[
     Raises:
         ValueError: there is none.
     """
+    if format_of(record) == "prompt":  # the answer is the student's to write
+        prompt = prompt_ids(record, tokenizer, template=params.template)[: limit - 1]
+        return [Encoded([*prompt, tokenizer.eos_token_id], [IGNORE] * len(prompt) + [tokenizer.eos_token_id])]
     encoded = encode(record, tokenizer, learn=params.learn, template=params.template)
     if format_of(record) == "text" and params.data == "student":  # the rest is the student's to write
         start = min(params.prompt_tokens, len(encoded) - 1)

@@ -180,6 +180,7 @@ class _Kept:
             return
         assert importance is not None
         text = config.get_text_config()
+        self.norm_plus_one = "gemma" in text.model_type  # its norms multiply by 1 + weight
         count, dim = text.num_hidden_layers, head_dim(config)
         groups = text.num_key_value_heads
         group_rows = text.num_attention_heads // groups * dim
@@ -198,6 +199,8 @@ class _Kept:
         module, _, kind = name.rpartition(".")
         module = module.rsplit(".", 1)[-1]
         outputs, inputs = self._kept_of(module, layer)
+        if outputs is self.hidden and inputs is None:
+            tensor = self._rescaled(tensor)
         if outputs is None and inputs is None and module not in ("q_norm", "k_norm"):
             raise ToolError(f"narrowing knows no rule for {name}; cut layers instead (--student-layers)")
         if outputs is not None:
@@ -205,6 +208,14 @@ class _Kept:
         if inputs is not None and kind == "weight":
             tensor = tensor.index_select(1, inputs.to(tensor.device))
         return tensor
+
+    def _rescaled(self, norm: Tensor) -> Tensor:
+        """A norm's weight times sqrt(H / H'): dropping channels that hold nothing then changes nothing.
+
+        The mean square over the H' channels that stay is H / H' times that over all.
+        """
+        factor = (len(norm) / len(self.hidden)) ** 0.5
+        return (norm + 1) * factor - 1 if self.norm_plus_one else norm * factor
 
     def _kept_of(self, module: str, layer: int | None) -> tuple[Tensor | None, Tensor | None]:
         """Kept outputs and inputs of a module."""
