@@ -134,6 +134,21 @@ CASES = [
         lambda a: ["--records", a.stream("text"), *CPU],
         paths=("--records",),
     ),
+    Case(
+        "distill",
+        lambda a: [a.stream("text")],
+        lambda a: [
+            "-m",
+            a.model,
+            "--heldout",
+            a.stream("messages"),
+            *("--student-layers", "1", "--top-k", "8", "--max-steps", "2", "--no-speed"),
+            *CPU,
+        ],
+        reads="text",
+        paths=("-m", "--heldout"),
+        stdin=True,
+    ),
     Case("model-card", lambda a: [a.artifact]),
     Case("pref-collect report", lambda a: [votes(a)]),
     Case(
