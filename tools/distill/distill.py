@@ -4,58 +4,23 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuneutils.shared.artifact import Artifact, Input, library_versions, write_json
+from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
-from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
-from tuneutils.shared.errors import ExitCode, GateFailed, ToolError
-from tuneutils.shared.models import (
-    ModelRef,
-    load_adapter,
-    load_base,
-    load_config,
-    load_tokenizer,
-    model_input,
-    parameter_counts,
-)
+from tuneutils.shared.device import dtype_name, seed_everything
+from tuneutils.shared.errors import ToolError
+from tuneutils.shared.models import model_input, parameter_counts
 from tuneutils.shared.records import Located
-from tuneutils.shared.supervise import Encoded
-from tuneutils.tools.distill.capabilities import HELDOUT, Capability, parse_capabilities
-from tuneutils.tools.distill.data import (
-    Examples,
-    Stream,
-    encode_one,
-    encode_stream,
-    open_stream,
-    same_tokenizer,
-)
+from tuneutils.tools.distill.capabilities import HELDOUT, parse_capabilities
+from tuneutils.tools.distill.data import Examples, Stream, encode_stream, open_stream
+from tuneutils.tools.distill.judge import held_out_sets, judge, load_baseline
 from tuneutils.tools.distill.params import Params
 from tuneutils.tools.distill.plan import check_options, shape_of
 from tuneutils.tools.distill.settings import log_event, progress_callback, resume_point, training_config
-
-
-@dataclass
-class Setup:
-    """What a run works on.
-
-    Attributes:
-        other: teacher and student have different vocabularies.
-        limit: longest example, in tokens.
-    """
-
-    run: Run[Params]
-    teacher_ref: ModelRef
-    student_ref: ModelRef | None
-    teacher_input: Input
-    teacher_tokenizer: Any
-    tokenizer: Any
-    other: bool
-    limit: int
-    where: Any
-    dtype: Any
+from tuneutils.tools.distill.setup import Setup, load, prepare, teacher_identity
 
 
 def distill(run: Run[Params]) -> dict[str, Any]:
@@ -74,69 +39,23 @@ def distill(run: Run[Params]) -> dict[str, Any]:
     inputs += heldout.inputs if heldout else []
     inputs += capability_inputs
     inputs += [model_input(params.baseline, "baseline")] if params.baseline else []
-    setup = _setup(run, teacher_ref, student_ref, inputs[0])
+    setup = prepare(run, teacher_ref, student_ref, inputs[0])
     with run.artifact("model", inputs) as art:
         art.licence = inputs[0].licence
-        teacher = _load(teacher_ref, setup, "float32")
+        teacher = load(teacher_ref, setup, "float32")
         records = _written_by_teacher(setup, art, teacher, records)
         theirs = setup.teacher_tokenizer if params.loss == "uld" and setup.other else None
         examples = encode_stream(run, records, setup.tokenizer, theirs, setup.limit)
         run.log.info(
             "%d examples, %d tokens, %d learnt", len(examples.student), examples.tokens, examples.learnt
         )
-        sets = _held_out_sets(setup, heldout, capabilities)
-        baseline = _baseline(setup) if params.baseline else None
+        sets = held_out_sets(setup, heldout, capabilities)
+        baseline = load_baseline(setup) if params.baseline else None
         student, pairs = _student(setup, art, teacher, examples)
         teacher = teacher.to(setup.dtype)
         _train(setup, art, teacher, student, pairs, examples)
-        _report(setup, art, teacher, student.to(setup.dtype), baseline, sets)
+        judge(setup, art, teacher, student.to(setup.dtype), baseline, sets)
     return {"output": run.output, "metrics": art.metrics}
-
-
-def _setup(run: Run[Params], teacher: ModelRef, student: ModelRef | None, teacher_input: Input) -> Setup:
-    params = run.params
-    trust = params.trust_remote_code
-    theirs = load_tokenizer(teacher, trust_remote_code=trust)
-    ours = load_tokenizer(student, trust_remote_code=trust) if student else theirs
-    configs = [
-        load_config(ref, trust_remote_code=trust).get_text_config() for ref in (teacher, student or teacher)
-    ]
-    other = not same_tokenizer(ours, theirs) or configs[0].vocab_size != configs[1].vocab_size
-    if other and params.loss not in ("uld", "ce"):
-        raise ToolError(
-            f"{params.model}: another vocabulary ({len(theirs)} tokens, {configs[0].vocab_size} logits) than "
-            f"the student's ({len(ours)}, {configs[1].vocab_size}); --loss uld distils across vocabularies"
-        )
-    if other and params.data == "student":
-        raise ToolError("--data student needs one vocabulary for both", code=ExitCode.USAGE)
-    positions = [getattr(c, "max_position_embeddings", None) or 1 << 40 for c in configs]
-    where = resolve_device(run.device)
-    return Setup(
-        run,
-        teacher,
-        student,
-        teacher_input,
-        theirs,
-        ours,
-        other,
-        min(params.max_length, *positions),
-        where,
-        resolve_dtype(run.dtype, where),
-    )
-
-
-def _load(ref: ModelRef, setup: Setup, precision: str) -> Any:
-    """A plain model, its adapter merged in; refused when its weights are no numbers."""
-    import torch
-
-    dtype = {"float32": torch.float32}.get(precision, setup.dtype)
-    model = load_base(ref.root, setup.where, dtype, None, setup.run.params.trust_remote_code)
-    if ref.kind == "adapter":
-        model = load_adapter(model, ref.path).merge_and_unload()
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ToolError(f"{ref.given}: {name} holds NaN or infinity; import the model again")
-    return model.requires_grad_(False).eval()
 
 
 def _written_by_teacher(setup: Setup, art: Artifact, teacher: Any, records: Stream) -> Stream:
@@ -152,7 +71,7 @@ def _written_by_teacher(setup: Setup, art: Artifact, teacher: Any, records: Stre
         try:
             written = teacher_records(
                 art.work.parent / "teacher-answers",
-                json.dumps(_teacher_identity(setup), sort_keys=True),
+                json.dumps(teacher_identity(setup), sort_keys=True),
                 lambda: teacher.to(setup.dtype),
                 setup.teacher_tokenizer,
                 [item.record for item in located],
@@ -189,7 +108,7 @@ def _student(setup: Setup, art: Artifact, teacher: Any, examples: Examples) -> t
     params = run.params
     count = teacher.config.get_text_config().num_hidden_layers
     if setup.student_ref is not None:
-        student = _load(setup.student_ref, setup, "float32")
+        student = load(setup.student_ref, setup, "float32")
         kept = None
     else:
         shape = shape_of(params, teacher.config)
@@ -301,7 +220,7 @@ def _lesson(
         with setup.run.progress(len(asked), "asking the teacher", "examples") as bar:
             lesson.cache = open_cache(
                 Path(params.cache) if params.cache else art.work.parent / "teacher-logits",
-                _teacher_identity(setup),
+                teacher_identity(setup),
                 lambda: teacher,
                 asked,
                 k=params.top_k,
@@ -323,124 +242,3 @@ def _lesson(
         lesson.sampling = _sampling(setup, setup.tokenizer)
         lesson.student_fraction = params.student_fraction
     return lesson
-
-
-def _teacher_identity(setup: Setup) -> dict[str, Any]:
-    """What a teacher's answers and distributions depend on, besides what it is asked."""
-    root = setup.teacher_ref.root
-    versions = library_versions()
-    return {
-        "teacher": setup.teacher_input.sha256,
-        "base": None if root is setup.teacher_ref else model_input(root.given).sha256,
-        "dtype": dtype_name(setup.dtype),
-        "device": setup.where.type,
-        "torch": versions.get("torch"),
-        "transformers": versions.get("transformers"),
-    }
-
-
-def _report(
-    setup: Setup,
-    art: Artifact,
-    teacher: Any,
-    student: Any,
-    baseline: Any,
-    sets: dict[str, list[Encoded]],
-) -> None:
-    """Compare teacher, student and baseline on each set of records; speed goes to the run log."""
-    from tuneutils.tools.distill.report import describe, finite, one_line
-    from tuneutils.tools.distill.speed import speed_up
-
-    run = setup.run
-    params = run.params
-    for model in (teacher, student):
-        model.set_attn_implementation("sdpa")  # matching attention needed the slow one
-    made: dict[str, Any] = {}
-    for name, sequences in sets.items():
-        models = _compare(setup, teacher, student, baseline, sequences)
-        made[name] = describe(models, run.seed)
-        run.log.info("%s", one_line(name, made[name]))
-    if params.baseline:
-        made["baseline"] = _baseline_facts(setup, art)
-    if not finite(made):
-        raise GateFailed("the report holds what is no number; try a lower --learning-rate")
-    if made:
-        write_json(art.dir / "report.json", made)
-        art.metrics["report"] = {name: _headline(made[name]) for name in sets}
-    if params.speed:
-        speed = speed_up(teacher, student, setup.tokenizer.pad_token_id)
-        log_event(run, art, event="speed", **speed)
-        for what, value in speed.items():
-            run.log.info("%s: %.2f times the teacher's speed", what, value["speed_up"]["value"])
-
-
-def _headline(made: dict[str, Any]) -> dict[str, Any]:
-    """The metrics that people ask for first, for the manifest."""
-    shown = {name: value["value"] for name, value in made["models"]["student"].items()}
-    if "accuracy" in made.get("kept", {}).get("student", {}):
-        shown["accuracy_kept"] = made["kept"]["student"]["accuracy"]["value"]
-    return shown
-
-
-def _held_out_sets(
-    setup: Setup, heldout: Stream | None, capabilities: list[Capability]
-) -> dict[str, list[Encoded]]:
-    """Name → sequences: the held-out records, and those of each capability.
-
-    A record is one sequence, cut to the limit, so that what is resampled are records.
-    """
-    params = replace(setup.run.params, data="records")
-    located = list(heldout.located) if heldout else []
-    sets = ({HELDOUT: located} if heldout else {}) | {c.name: c.pick(located) for c in capabilities}
-    made: dict[str, list[Encoded]] = {}
-    for name, items in sets.items():
-        made[name] = []
-        for item in items:
-            try:
-                made[name].append(encode_one(item.record, setup.tokenizer, params, setup.limit)[0])
-            except ValueError as exc:
-                raise ToolError(f"{item.place}: {exc}") from exc
-    return made
-
-
-def _baseline(setup: Setup) -> Any:
-    from tuneutils.shared.models import resolve
-
-    given = str(setup.run.params.baseline)
-    ref = resolve(given)
-    if not same_tokenizer(load_tokenizer(ref), setup.tokenizer):
-        raise ToolError(f"--baseline {given}: has another tokenizer than the student")
-    return _load(ref, setup, "as asked")
-
-
-def _compare(
-    setup: Setup, teacher: Any, student: Any, baseline: Any, sequences: list[Encoded]
-) -> dict[str, Any]:
-    from tuneutils.shared.divergences_model import compare_models
-
-    models = {} if setup.other else {"teacher": teacher}
-    models["student"] = student
-    if baseline is not None:
-        models["baseline"] = baseline
-    first, *rest = models.values()
-    found = compare_models(first, rest, sequences, pad_id=setup.tokenizer.pad_token_id)
-    return dict(zip(models, found, strict=True))
-
-
-def _baseline_facts(setup: Setup, art: Artifact) -> dict[str, Any]:
-    """Whether the baseline had the same tokens, steps and size, from its manifest."""
-    from tuneutils.shared.models import resolve
-
-    manifest = resolve(str(setup.run.params.baseline)).manifest
-    metrics = manifest.get("metrics", {})
-    facts = {
-        "same_examples": manifest.get("examples_sha256") == art.extra["examples_sha256"],
-        "same_steps": metrics.get("steps") == art.metrics["steps"],
-        "same_parameters": metrics.get("total_parameters") == art.metrics["total_parameters"],
-        "same_layers": manifest.get("kept_layers") == art.extra.get("kept_layers"),
-        "same_seed": manifest.get("seed") == setup.run.seed,
-    }
-    different = [name.removeprefix("same_") for name, same in facts.items() if not same]
-    if different:
-        setup.run.log.warning("the baseline differs in %s, not only in its loss", ", ".join(different))
-    return facts

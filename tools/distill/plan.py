@@ -129,4 +129,4 @@ def memory_estimate(params: Params, config: Any, counts: list[int], itemsize: in
     """
     tokens = params.batch_size * params.max_length
     activations = tokens * config.num_hidden_layers * 17 * config.hidden_size * itemsize
-    return counts[0] * itemsize + counts[1] * (16 + itemsize) + activations
+    return int(counts[0] * itemsize + counts[1] * (16 + itemsize) + activations)

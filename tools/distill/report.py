@@ -59,8 +59,8 @@ def _against(student: Column, other: Column, seed: int) -> dict[str, Any]:
     tokens = [c.tokens for c in student]
 
     def difference(field: str) -> dict[str, Any]:
-        columns = ([getattr(c, field) for c in side] for side in (student, other))
-        return paired_difference(*columns, tokens, tokens, seed=seed).as_json()
+        ours, theirs = ([getattr(c, field) for c in side] for side in (student, other))
+        return paired_difference(ours, theirs, tokens, tokens, seed=seed).as_json()
 
     return {
         "nll": difference("nll"),
@@ -85,8 +85,8 @@ def win_rate(one: Column, other: Column, field: str, seed: int) -> Estimate:
 def retention(teacher: Column, student: Column, seed: int) -> dict[str, Any]:
     """``accuracy``: right next tokens over the teacher's; ``lost_nll``: nats a token more than its."""
     tokens = [c.tokens for c in student]
-    nll = ([c.nll for c in column] for column in (student, teacher))
-    made = {"lost_nll": paired_difference(*nll, tokens, tokens, seed=seed).as_json()}
+    ours, theirs = ([c.nll for c in column] for column in (student, teacher))
+    made = {"lost_nll": paired_difference(ours, theirs, tokens, tokens, seed=seed).as_json()}
     if sum(c.correct for c in teacher):
         kept = _ratio_of([c.correct for c in student], [c.correct for c in teacher], seed)
         made["accuracy"] = kept.as_json()

@@ -98,9 +98,11 @@ def check_sizes(config: Any, shape: Shape) -> None:
         ("--student-layers", len(shape.layers) if shape.layers is not None else None, text.num_hidden_layers),
     )
     for name, wanted, there in limits:
-        if wanted is not None and there is None:
+        if wanted is None:
+            continue
+        if there is None:
             raise ToolError(f"{name}: a {text.model_type} config has no such size", code=ExitCode.USAGE)
-        if wanted is not None and wanted > there:
+        if wanted > there:
             raise ToolError(f"{name} {wanted}: the teacher has {there}", code=ExitCode.USAGE)
 
 
