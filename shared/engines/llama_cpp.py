@@ -123,7 +123,7 @@ _LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 _ERROR = 4
 
 
-@_LOG
+@_LOG  # type: ignore[untyped-decorator]
 def _log(level: int, text: bytes, _data: int) -> None:
     if level >= _ERROR and level < 5:
         sys.stderr.write(text.decode("utf-8", "replace"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneutils.shared.artifact import Artifact, describe_input
+from tuneutils.shared.artifact import Artifact, describe_input, write_json
 from tuneutils.shared.command import Run
 from tuneutils.shared.engines.client import EngineProcess
 from tuneutils.shared.engines.runtimes import require_engine
@@ -17,6 +17,7 @@ from tuneutils.shared.models import load_model, load_tokenizer, model_input, res
 from tuneutils.shared.records import Reader
 from tuneutils.tools.edge_export import parity
 from tuneutils.tools.edge_export.gguf_model import TensorTypes
+from tuneutils.tools.edge_export.gguf_vocab import end_tokens
 from tuneutils.tools.edge_export.params import SCHEMES, Params
 
 FORMATS = ("text", "prompt-completion", "messages")
@@ -96,6 +97,7 @@ def export(run: Run[Params]) -> dict[str, Any]:
         environment = {"OMP_NUM_THREADS": str(params.threads)} if params.threads else {}
         built = _builder(params.target)(Job(weights, tokenizer, art.dir, scheme, params, environment))
         _companions(art, weights.folder, built)
+        _chat(art, tokenizer, weights)
         found = _check(run, art, built, given, records, environment)
         _describe(art, ref.manifest, params.target, scheme, built, found)
         least, most = parity.limits(bits_of(scheme))
@@ -122,8 +124,23 @@ def _companions(art: Artifact, folder: Path, built: Built) -> None:
     for name in COMPANIONS:
         if (folder / name).is_file() and not (art.dir / name).exists():
             shutil.copyfile(folder / name, art.dir / name)
-    example = EXAMPLES / built.example
-    shutil.copyfile(example, art.dir / f"example{example.suffix}")
+    shutil.copyfile(EXAMPLES / built.example, art.dir / "example.py")
+
+
+def _chat(art: Artifact, tokenizer: Any, weights: Any) -> None:
+    """``chat.json``: what stands before and after a user's message, and the tokens that end the answer.
+
+    For runtimes without a template engine; it is the chat template, rendered.
+    """
+    mark = "\u241eprompt\u241e"
+    before, after = "", ""
+    if tokenizer.chat_template is not None:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+        )
+        before, _, after = str(text).partition(mark)
+    chat = {"before": before, "after": after, "stop": end_tokens(tokenizer, weights)}
+    write_json(art.dir / "chat.json", chat)
 
 
 def _check(

@@ -85,10 +85,10 @@ def write_gguf(weights: Weights, tokenizer: Any, target: Path, precision: str) -
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     plan = _plan(weights, config, names)
     extra = _rope_factors(config)
-    for key, (name, shape) in plan.items():
-        _announce(writer, gguf, name, shape, precision, key)
+    for name, shape in plan.values():
+        _announce(writer, gguf, name, shape, precision)
     if extra is not None:
-        _announce(writer, gguf, "rope_freqs.weight", tuple(extra.shape), precision, "")
+        _announce(writer, gguf, "rope_freqs.weight", tuple(extra.shape), precision)
     writer.write_header_to_file(target)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -111,7 +111,7 @@ def _architecture(weights: Weights, config: Any) -> Architecture:
     wanted = {"silu", "swish"} if found.activation == "silu" else {found.activation, "gelu"}
     if activation not in wanted:
         raise ToolError(
-            f"{weights.given}: its activation is {activation}; llama.cpp computes {found.activation} for {name}"
+            f"{weights.given}: its activation is {activation}; llama.cpp has {found.activation} for {name}"
         )
     return found
 
@@ -134,7 +134,7 @@ def _plan(weights: Weights, config: Any, names: Any) -> dict[str, tuple[str, tup
     return plan
 
 
-def _announce(writer: Any, gguf: Any, name: str, shape: tuple[int, ...], precision: str, key: str) -> None:
+def _announce(writer: Any, gguf: Any, name: str, shape: tuple[int, ...], precision: str) -> None:
     import numpy as np
 
     kind = "f32" if len(shape) == 1 else precision

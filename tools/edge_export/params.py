@@ -10,7 +10,7 @@ from tuneutils.shared.command import option
 SCHEMES = {
     "gguf": (
         "q8-0", "f32", "f16", "bf16", "q4-0", "q4-1", "q5-0", "q5-1", "q2-k", "q3-k-s", "q3-k-m", "q3-k-l",
-        "q4-k-s", "q4-k-m", "q5-k-s", "q5-k-m", "q6-k", "iq4-nl", "iq4-xs", "iq3-s", "iq3-m", "tq1-0", "tq2-0",
+        "q4-k-s", "q4-k-m", "q5-k-s", "q5-k-m", "q6-k", "iq4-nl", "iq4-xs", "iq3-s", "iq3-m",
     ),
     "onnx": ("int4", "fp32", "int8"),
     "openvino": ("q8-0", "f16", "q4-0"),

@@ -148,7 +148,7 @@ def _window_sums(loaded: Loaded, window: Encoded, package: torch.Tensor) -> torc
 def tokenized_alike(
     loaded: Loaded, engine: EngineProcess, texts: Sequence[Sequence[Encoded]]
 ) -> tuple[float, str | None]:
-    """The share of records that the runtime's own tokenizer cuts as the source's does, and the first other."""
+    """The share of records that the runtime cuts into the source's tokens, and the first that it does not."""
     strings = [
         loaded.tokenizer.decode(cut[0].input_ids[1:], clean_up_tokenization_spaces=False) for cut in texts
     ]
@@ -191,10 +191,10 @@ def check_gate(found: dict[str, Any], min_agreement: float, max_kl: float, first
         )
     if not agreement >= min_agreement:
         raise GateFailed(
-            f"refused: top-1 agreement {agreement:.4g} is below --min-agreement {min_agreement:g} (KL {kl:.4g})"
+            f"refused: agreement {agreement:.4g} is below --min-agreement {min_agreement:g} (KL {kl:.4g})"
         )
     if found["tokenized_alike"] < MIN_TOKENIZED_ALIKE:
         raise GateFailed(
-            f"refused: the runtime's tokenizer cuts {1 - found['tokenized_alike']:.1%} of the texts otherwise, "
+            f"refused: the runtime tokenizes {1 - found['tokenized_alike']:.1%} of the texts otherwise, "
             f"such as {(first_unlike or '')[:60]!r}"
         )
