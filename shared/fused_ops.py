@@ -89,28 +89,36 @@ class CausalAttention(torch.autograd.Function):
 
     The CPU flash kernel's own backward pass takes many times its forward; in bfloat16 the products below run
     at the machine's matrix rate. Shapes: q ``(B, H, T, D)``, k and v ``(B, K, T, D)`` with ``H`` a multiple
-    of ``K``. Dao et al. 2022 (FlashAttention), algorithm 4.
+    of ``K``; a mask ``(B, 1, T, T)`` of booleans hides more than what is to come, but no token from itself.
+    Dao et al. 2022 (FlashAttention), algorithm 4.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+    ) -> Tensor:
+        added = None
+        if mask is not None:
+            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True, scale=scale
+            q, k, v, 0.0, mask is None, attn_mask=added, scale=scale
         )
-        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.save_for_backward(q, k, v, out, logsumexp, mask)
         ctx.scale = scale
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logsumexp = ctx.saved_tensors
+        q, k, v, out, logsumexp, mask = ctx.saved_tensors
         grads = [torch.empty_like(t) for t in (q, k, v)]
         delta = torch.linalg.vecdot(grad.to(logsumexp.dtype), out.to(logsumexp.dtype))
         rows = max(1, SCORES // (q.shape[1] * q.shape[2] * min(q.shape[2], QUERY_BLOCK)))
         for start in range(0, len(q), rows):
             part: Any = [t[start : start + rows] for t in (q, k, v, grad, logsumexp, delta)]
-            _attention_backward(*part, scale=ctx.scale, out=[g[start : start + rows] for g in grads])
-        return (*grads, None)
+            seen = None if mask is None else mask[start : start + rows]
+            into = [g[start : start + rows] for g in grads]
+            _attention_backward(*part, scale=ctx.scale, mask=seen, out=into)
+        return (*grads, None, None)
 
 
 def _attention_backward(
@@ -122,6 +130,7 @@ def _attention_backward(
     delta: Tensor,
     *,
     scale: float,
+    mask: Tensor | None,
     out: list[Tensor],
 ) -> None:
     """Gradients of a few sequences, q ``(B, H, T, D)``, k and v ``(B, K, T, D)``, into ``out``.
@@ -142,6 +151,9 @@ def _attention_backward(
         q_block = scaled[:, :, start:end].reshape(len(k), -1, width)
         g_block = grad[:, :, start:end].reshape(len(k), -1, width)
         scores = torch.bmm(q_block, k[:, :end].mT)
+        if mask is not None:
+            hidden = ~mask[:, :, start:end, :end].expand(-1, heads, -1, -1).reshape_as(scores)
+            scores.masked_fill_(hidden, -torch.inf)
         probs = scores.exp_().view(len(k), -1, end - start, end).tril_(start).view_as(scores)
         grad_scores = torch.bmm(g_block, v[:, :end].mT).mul_(probs)
         grad_v[:, :end] += torch.bmm(probs.mT, g_block[..., :dim])
@@ -160,12 +172,16 @@ def _with_columns(x: Tensor, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def fused_ops(model: nn.Module) -> Iterator[dict[str, int]]:
+def fused_ops(model: nn.Module, *, causal_masks: bool = False) -> Iterator[dict[str, int]]:
     """Run the norms, SwiGLU, rotary embedding and attention of ``model`` by the functions above.
 
     A module is replaced only where a probe shows that it computes the same function; anything else, and any
     call that a function does not cover, runs the model's own code. Attention and rotary embedding are
     replaced for the process, as Transformers looks them up there. Gives the number of replacements.
+
+    Args:
+        causal_masks: every boolean mask that attention is given meanwhile is one that
+            :class:`CausalAttention` takes; otherwise calls with a mask run the model's own code.
     """
     norms = _replaceable(model, _is_frozen_norm, _norm_forward)
     mlps = _replaceable(model, _is_swiglu, _swiglu_forward)
@@ -174,7 +190,7 @@ def fused_ops(model: nn.Module) -> Iterator[dict[str, int]]:
             layer.forward = forward
             undo.callback(layer.__dict__.pop, "forward", None)
         rotary = [undo.enter_context(_rotary_in(name)) for name in _modeling_modules(model)]
-        undo.enter_context(_attention())
+        undo.enter_context(_attention(causal_masks))
         yield {"norms": len(norms), "mlps": len(mlps), "rotary": sum(rotary)}
 
 
@@ -275,7 +291,7 @@ def _rotary_in(module: Any) -> Iterator[bool]:
 
 
 @contextmanager
-def _attention() -> Iterator[None]:
+def _attention(causal_masks: bool) -> Iterator[None]:
     """Transformers' ``sdpa`` attention with :class:`CausalAttention` in the calls that it covers."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -292,14 +308,16 @@ def _attention() -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        special = attention_mask is not None or dropout or kwargs.get("softcap") is not None
+        masked = attention_mask is not None
+        ours = masked and causal_masks and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
+        special = (masked and not ours) or dropout or kwargs.get("softcap") is not None
         special = special or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None
         if special or not causal or not _covers(query, key, value):
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return CausalAttention.apply(query, key, value, scale).transpose(1, 2), None  # type: ignore[no-untyped-call]
+        return CausalAttention.apply(query, key, value, scale, attention_mask).transpose(1, 2), None  # type: ignore[no-untyped-call]
 
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend

@@ -39,15 +39,22 @@ def test_rotary_gradient_agrees_with_central_differences() -> None:
 
 @pytest.mark.parametrize("bits", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [2, 37, 300])
-def test_attention_gradient_equals_autograd_through_the_formula(bits: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_gradient_equals_autograd_through_the_formula(
+    bits: torch.dtype, length: int, masked: bool
+) -> None:
     torch.manual_seed(0)
     q = torch.randn(2, 6, length, 8, dtype=bits).requires_grad_()
     k, v = (torch.randn(2, 2, length, 8, dtype=bits).requires_grad_() for _ in range(2))
     wide_k, wide_v = (t.repeat_interleave(3, 1) for t in (k, v))
-    scores = (q @ wide_k.mT * 0.3).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    seen = torch.ones(2, 1, length, length).tril().bool()
+    mask = None
+    if masked:
+        mask = seen = seen & ((torch.rand(2, 1, length, length) < 0.6) | torch.eye(length).bool())
+    scores = (q @ wide_k.mT * 0.3).masked_fill(~seen, -torch.inf)
     exact = scores.softmax(-1) @ wide_v
     grad = torch.randn_like(exact)
-    ours = CausalAttention.apply(q, k, v, 0.3)
+    ours = CausalAttention.apply(q, k, v, 0.3, mask)
     tolerance = 1e-5 if bits == torch.float32 else 1e-12
     torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
     for a, b in zip(

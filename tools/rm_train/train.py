@@ -163,7 +163,7 @@ def fit(
     with trainer.accelerator.main_process_first():
         resume = _resume_point(run, checkpoints, art)
     started = time.monotonic()
-    with fused(model, where):
+    with fused(model, where, causal_masks=True):  # none but those of packed pairs
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     log_event(
         run,

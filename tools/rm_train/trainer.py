@@ -2,7 +2,8 @@
 
 - the loss takes soft labels beside margins and centring, and is divided by the pairs of the whole
   accumulation window, so that any split into micro-batches and processes gives the same gradient;
-- a pair's sides are in one batch, of pairs of like length (see ``shared.training.BucketSampler``);
+- a pair's sides are in one row, of a batch of pairs of like length (see ``packed`` and
+  ``shared.training.BucketSampler``);
 - a killed run goes on and ends in the same bytes (``shared.training.Resumable``).
 """
 
@@ -23,20 +24,29 @@ from trl import RewardConfig, RewardTrainer
 from tuneutils.shared.supervise import IGNORE
 from tuneutils.shared.training import LOGGED, BucketSampler, Resumable
 from tuneutils.tools.rm_train.loss import bradley_terry
+from tuneutils.tools.rm_train.packed import PairReader, pack, packed_length
 from tuneutils.tools.rm_train.pairs import Pair
 from tuneutils.tools.rm_train.reward_model import padded, read_out
 
 
 @dataclass
 class Collator:
-    """Chosen texts above rejected ones, ``(2n, T)``; a pair's label only says that it counts."""
+    """Pairs packed into a row each, or chosen texts above rejected ones, ``(2n, T)``.
+
+    A pair's label only says that it counts.
+    """
 
     pad_id: int
+    packs: bool = False
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        sides = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+        chosen, rejected = ([row[side] for row in rows] for side in ("chosen_ids", "rejected_ids"))
+        if self.packs:
+            inputs = pack(chosen, rejected, self.pad_id)
+        else:
+            inputs = {"input_ids": padded([*chosen, *rejected], self.pad_id)}
         return {
-            "input_ids": padded(sides, self.pad_id),
+            **inputs,
             "target": torch.tensor([row["target"] for row in rows], dtype=torch.float32),
             "margin": torch.tensor([row["margin"] for row in rows], dtype=torch.float32),
             "labels": torch.tensor([row["label"] for row in rows]),
@@ -78,7 +88,6 @@ class PairTrainer(Resumable, RewardTrainer):  # type: ignore[misc]
         centre: float = 0.0,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self._lengths = [p.length for p in pairs]
         self._centre = centre
         rows = rows_of(pairs, margin_scale, soft_labels, tokenizer.eos_token_id)
         super().__init__(
@@ -89,6 +98,11 @@ class PairTrainer(Resumable, RewardTrainer):  # type: ignore[misc]
             data_collator=Collator(tokenizer.pad_token_id),
             callbacks=list(callbacks),
         )
+        self._reader = PairReader(model)
+        with self.accelerator.autocast():
+            packs = self._reader.agrees(model)
+        self.data_collator.packs = packs
+        self._lengths = [packed_length(p.chosen.ids, p.rejected.ids) if packs else p.length for p in pairs]
         self.model_accepts_loss_kwargs = True  # so that the pairs of the whole window are counted
         self._loss_shifts_labels = False
         self.remove_callback(PrinterCallback)
@@ -111,7 +125,10 @@ class PairTrainer(Resumable, RewardTrainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         counts = inputs["labels"] != IGNORE
-        chosen, rejected = read_out(model, inputs["input_ids"]).chunk(2)
+        if self.data_collator.packs:
+            chosen, rejected = self._reader(model, inputs)
+        else:
+            chosen, rejected = read_out(model, inputs["input_ids"]).chunk(2)
         losses = bradley_terry(chosen, rejected, inputs["target"], inputs["margin"], self._centre)
         total = (losses * counts).sum()
         self._measure(chosen.detach()[counts], rejected.detach()[counts], inputs["target"][counts])

@@ -45,7 +45,9 @@ QUICK = ("--batch-size", "4", "--learning-rate", "0.005", "--eval-share", "0.3")
 
 
 @pytest.fixture(scope="session", params=["lora", "full"])
-def trained(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A reward model of each kind, trained for a moment. Shared by the session: do not write into it."""
     folder = tmp_path_factory.mktemp("rm")
     path = write_jsonl(folder / "records.jsonl", preferences())

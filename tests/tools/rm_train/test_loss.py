@@ -32,7 +32,9 @@ def tensor(*values: float) -> torch.Tensor:
 
 class TestBradleyTerry:
     def test_closed_form(self) -> None:
-        found = bradley_terry(tensor(1.0, 0.0, -2.0), tensor(0.5, 3.0, -2.0), tensor(1, 1, 1), tensor(0, 0, 0))
+        found = bradley_terry(
+            tensor(1.0, 0.0, -2.0), tensor(0.5, 3.0, -2.0), tensor(1, 1, 1), tensor(0, 0, 0)
+        )
         expected = [math.log1p(math.exp(-d)) for d in (0.5, -3.0, 0.0)]
         assert found.tolist() == pytest.approx(expected)
 
@@ -74,7 +76,9 @@ def pairs_of(tokenizer: Any, count: int, **changes: Any) -> list[Pair]:
 
 def trainer_of(folder: Path, model: Path, pairs: list[Pair], *, centre: float = 0.0, **config: Any) -> Any:
     tokenizer = load_tokenizer(str(model))
-    classifier = load_classifier(resolve(str(model)), CPU, torch.float32, tokenizer.pad_token_id, new_head_seed=3)
+    classifier = load_classifier(
+        resolve(str(model)), CPU, torch.float32, tokenizer.pad_token_id, new_head_seed=3
+    )
     given = {"per_device_train_batch_size": 4, "max_steps": 1, "bf16": False, **config}
     args = RewardConfig(
         output_dir=str(folder), use_cpu=True, report_to=[], max_length=None, remove_unused_columns=False,
