@@ -129,6 +129,19 @@ CASES = [
         label="several",
     ),
     Case(
+        "quantize",
+        lambda a: [a.model],
+        lambda a: [
+            "--calibration",
+            a.stream("text"),
+            *("--group-size", "16", "--calibration-rows", "2", "--calibration-length", "16"),
+            *CPU,
+        ],
+        paths=("--calibration",),
+        label="gptq",
+    ),
+    Case("quantize", lambda a: [a.model], lambda _: ["--scheme", "int8", *CPU], label="int8"),
+    Case(
         "lm-bench",
         lambda a: [a.model],
         lambda a: ["--records", a.stream("text"), *CPU],

@@ -1,0 +1,82 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): round column by column, each error made good by the rest.
+
+Minimises ``||W X - Q X||^2`` of one linear layer, given the Gram matrix ``H = X X^T`` of its inputs.
+"""
+
+from __future__ import annotations
+
+from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
+
+# isort: split
+import torch
+from torch import Tensor
+
+from tuneutils.shared.quantizers import Grid, Scales, fit
+
+# Columns whose errors are applied to the columns behind them in one product (section 3.3, step 2), and the
+# smaller blocks within which they are applied one by one.
+LAZY_BLOCK = 128
+INNER_BLOCK = 32
+
+
+def gptq(
+    weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool = True, damping: float = 0.01
+) -> tuple[Tensor, Scales]:
+    """Codes ``(rows, columns)`` int8 and their scales.
+
+    Args:
+        weight: ``(rows, columns)``; rows of several layers with the same inputs may be stacked.
+        gram: ``(columns, columns)``, a sum or mean over tokens of ``x x^T``.
+        act_order: take columns in the order of falling ``diag(H)``, groups staying what they are in memory,
+            so that no index of groups need be stored (the authors' ``--act-order --static-groups``).
+        damping: share of the mean of ``diag(H)`` added to it (section 3.3, step 3).
+    """
+    work = weight.float().T.contiguous()  # a column of W is a contiguous row
+    power = gram.diagonal().clone()
+    dead = power == 0
+    work[dead] = 0
+    scales = fit(work.T, grid, search=True, importance=power)
+    columns, group_size = len(work), grid.group_size or len(work)
+    order = power.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
+    groups = (order.to(scales.scale.device) // group_size).tolist()
+    inverse = inverse_factor(gram[order][:, order], damping)
+    work = work[order]
+    scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
+    codes = torch.empty_like(work)
+    for start in range(0, columns, LAZY_BLOCK):
+        end = min(start + LAZY_BLOCK, columns)
+        errors = torch.empty_like(work[start:end])
+        for first in range(start, end, INNER_BLOCK):
+            last = min(first + INNER_BLOCK, end)
+            for i in range(first, last):
+                s, z = scale[groups[i]], zero[groups[i]]
+                code = torch.div(work[i], s, out=codes[i]).add_(z).round_().clamp_(grid.low, grid.high)
+                error = errors[i - start]
+                # Equation 2: the error of this column over the diagonal of the inverse's factor.
+                torch.sub(work[i], (code - z).mul_(s), out=error).div_(float(inverse[i, i]))
+                if i + 1 < last:
+                    work[i + 1 : last].addr_(inverse[i, i + 1 : last], error, alpha=-1)
+            if last < end:
+                done = errors[first - start : last - start]
+                work[last:end].addmm_(inverse[first:last, last:end].T, done, alpha=-1)
+        if end < columns:
+            # Equation 4: the whole block's errors on everything behind it.
+            work[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    return restored.T.contiguous().to(torch.int8), scales
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular ``U`` with ``(H + damping)^-1 = U^T U`` (section 3.3, step 3).
+
+    From ``H = R R^T`` with ``R`` upper triangular, a Cholesky factor taken from the other end, ``U = R^-1``:
+    one factorisation and one triangular inverse in place of two factorisations and a full inverse.
+    """
+    damped = gram.float().clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    eye = torch.eye(len(damped), device=damped.device)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
