@@ -231,7 +231,10 @@ class _Engine:
         self.stop = frozenset(sampling.stop_token_ids)
         self.device = base.get_input_embeddings().weight.device  # type: ignore[operator]
         self.takes_positions = accepts(base, "position_ids")
-        self.last_logits = {"logits_to_keep": 1} if accepts(base, "logits_to_keep") else {}
+        # An index, not a count: the slice of a count is not contiguous, and a batched product of it would
+        # copy the output projection for each row.
+        last = torch.tensor([-1], device=self.device)
+        self.last_logits = {"logits_to_keep": last} if accepts(base, "logits_to_keep") else {}
 
     def prefill(self, rows: list[_Row]) -> _Batch | None:
         """Run the prompts and draw each one's first token; None where that finishes all."""

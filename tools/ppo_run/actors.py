@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch  # isort: skip
 from torch import Tensor, nn
 
+from tuneutils.shared.adapters.fused_lora import fused
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.logprobs_model import sequence_logprobs, unwrap
 from tuneutils.shared.methods import apply_method, learning_rate, quantization
 from tuneutils.shared.models import ModelRef, keep_4bit_layout, load_base
+from tuneutils.tools.ppo_run.masters import narrow
 from tuneutils.tools.ppo_run.params import Params
 from tuneutils.tools.ppo_run.reward_model import RewardModel
 from tuneutils.tools.ppo_run.rewards import Episode
@@ -133,6 +135,16 @@ class Actors:
             return nullcontext()
         return torch.autocast(self.where.type, dtype=self.dtype)
 
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Fused operations in policy, reference and value model meanwhile."""
+        trunk = self.value.trunk if isinstance(self.value, TrunkValue) else None
+        with ExitStack() as stack:
+            for model in (self.policy, self.frozen, trunk):
+                if model is not None:
+                    stack.enter_context(fused(model, self.where, learning_norms=True))
+            yield
+
     def policy_logprobs(
         self, batch: Batch, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -203,16 +215,21 @@ def build_actors(
 ) -> Actors:
     """Load the policy, put the method on it, and make reference and value model."""
     params = run.params
-    # Training every weight keeps float32 masters and multiplies in the precision asked for.
+    # Training every weight keeps float32's precision and multiplies in the one asked for.
     stored = torch.float32 if params.method == "full" else dtype
     model = load_base(base, where, stored, quantization(params), params.trust_remote_code)
     keep_4bit_layout(model)
     no_dropout(model)
     model.requires_grad_(False)
-    frozen = copy.deepcopy(model) if params.method == "full" else None
     policy = apply_method(model, tokenizer, params, first_text)
     prompt_learning = any(c.is_prompt_learning for c in getattr(policy, "peft_config", {}).values())
     value = _value(params, policy, reward_model, where)
+    frozen = None
+    if params.method == "full":
+        if dtype == torch.bfloat16:
+            trunk = value.trunk.parameters() if isinstance(value, TrunkValue) else ()
+            narrow([*policy.parameters(), *trunk])
+        frozen = copy.deepcopy(policy).requires_grad_(False)
     policy.eval()
     value.eval()
     return Actors(

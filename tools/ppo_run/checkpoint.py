@@ -22,6 +22,7 @@ from torch import Tensor
 from tuneutils.shared.artifact import write_json
 from tuneutils.shared.checkpoints import mark_complete
 from tuneutils.tools.ppo_run.actors import Actors
+from tuneutils.tools.ppo_run.masters import assign, exact
 from tuneutils.tools.ppo_run.processes import Processes
 
 TENSORS = "tensors.safetensors"
@@ -112,13 +113,12 @@ def _tensors(actors: Actors, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
 
 def trainable_tensors(actors: Actors) -> dict[str, Tensor]:
     """The tensors that training changes, on the CPU."""
-    return {f"weight.{n}": p.detach().cpu().contiguous() for n, p in actors.trainable().items()}
+    return {f"weight.{n}": exact(p).cpu().contiguous() for n, p in actors.trainable().items()}
 
 
 def load_trainable(actors: Actors, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in actors.trainable().items():
-            parameter.copy_(tensors[f"weight.{name}"].to(parameter))
+    for name, parameter in actors.trainable().items():
+        assign(parameter, tensors[f"weight.{name}"])
 
 
 def best_file(folder: Path, update: int) -> Path:

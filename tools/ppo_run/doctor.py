@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch  # isort: skip
 from torch import Tensor
 
-from tuneutils.shared.adapters.fused_lora import fused
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import resolve_device
 from tuneutils.shared.errors import GateFailed
@@ -88,8 +86,7 @@ def examine(run: Run[Params]) -> dict[str, Any]:
     base, _, sources = check(run)
     findings = [own_pad_token(base, run.params.trust_remote_code)]
     setting = prepare(run, base, sources, processes, where)
-    with ExitStack() as stack:
-        stack.enter_context(fused(setting.actors.policy, where))
+    with setting.actors.fused():
         probe = make_probe(run, setting)
         findings += [finding for look in CHECKS for finding in look(probe)]
     failed = [f.name for f in findings if f.status == "fail"]

@@ -29,6 +29,7 @@ from tuneutils.tools.ppo_run.advantages import (
 )
 from tuneutils.tools.ppo_run.checkpoint import Progress
 from tuneutils.tools.ppo_run.losses import is_clipped, policy_loss, value_loss
+from tuneutils.tools.ppo_run.masters import SplitAdam, is_narrow
 from tuneutils.tools.ppo_run.params import Params
 from tuneutils.tools.ppo_run.processes import Processes
 from tuneutils.tools.ppo_run.prompts import Prompt
@@ -51,7 +52,8 @@ def make_optimizer(actors: Actors, params: Params) -> torch.optim.Adam:
     for part, rate in zip(("policy", "value"), learning_rates(params), strict=True):
         own = [p for name, p in actors.trainable().items() if name.startswith(part + ".")]
         groups.append({"params": own, "lr": rate, "first_lr": rate})
-    return torch.optim.Adam(groups, eps=params.adam_epsilon)
+    narrow = any(is_narrow(p) for p in actors.trainable().values())
+    return (SplitAdam if narrow else torch.optim.Adam)(groups, eps=params.adam_epsilon)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, params: Params, update: int) -> float:

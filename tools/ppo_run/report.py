@@ -23,6 +23,7 @@ from tuneutils.shared.methods import quantization, settle_adapter_config
 from tuneutils.shared.models import ModelRef, parameter_counts
 from tuneutils.tools.ppo_run.actors import Actors
 from tuneutils.tools.ppo_run.checkpoint import Progress
+from tuneutils.tools.ppo_run.masters import exact, widen
 from tuneutils.tools.ppo_run.params import Params
 from tuneutils.tools.ppo_run.rewards import Episode
 
@@ -83,6 +84,7 @@ def save(run: Run[Params], art: Artifact, actors: Actors, base: ModelRef, progre
     """The kept weights in their ecosystem's format, and everything that was learnt about the run."""
     params = run.params
     if params.method == "full":
+        widen(actors.policy.parameters())
         actors.policy.save_pretrained(art.dir)
     else:
         config = actors.policy.peft_config["default"]
@@ -93,7 +95,7 @@ def save(run: Run[Params], art: Artifact, actors: Actors, base: ModelRef, progre
     actors.tokenizer.save_pretrained(art.dir)
     if params.save_value:
         value = {
-            k: p.detach().cpu().contiguous() for k, p in actors.trainable().items() if k.startswith("value.")
+            k: exact(p).cpu().contiguous() for k, p in actors.trainable().items() if k.startswith("value.")
         }
         save_file(value, art.dir / "value.safetensors")
     _write_lines(art.dir / "log.jsonl", progress.log)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch  # isort: skip
 from safetensors.torch import load_file, save_file
 
-from tuneutils.shared.adapters.fused_lora import fused
 from tuneutils.shared.artifact import Artifact, Input, library_versions
 from tuneutils.shared.checkpoints import last_checkpoint, run_identity
 from tuneutils.shared.command import Run
@@ -29,7 +27,7 @@ from tuneutils.shared.models import (
     resolve,
 )
 from tuneutils.tools.ppo_run import report
-from tuneutils.tools.ppo_run.actors import Actors, TrunkValue, build_actors
+from tuneutils.tools.ppo_run.actors import Actors, build_actors
 from tuneutils.tools.ppo_run.checkpoint import (
     Progress,
     best_file,
@@ -79,10 +77,7 @@ def train(run: Run[Params]) -> dict[str, Any]:
     with run.artifact("model" if run.params.method == "full" else "adapter", inputs) as art:
         art.licence = inputs[0].licence
         setting = prepare(run, base, sources, processes, where)
-        with ExitStack() as stack:
-            stack.enter_context(fused(setting.actors.policy, where))
-            if isinstance(setting.actors.value, TrunkValue):
-                stack.enter_context(fused(setting.actors.value.trunk, where))
+        with setting.actors.fused():
             progress = learn(run, art, setting) if run.params.algo == "ppo" else learn_kin(run, art, setting)
         if processes.rank == 0:
             report.save(run, art, setting.actors, base, progress)
