@@ -25,7 +25,7 @@ SCORES = 1 << 19
 
 
 class RMSNorm(torch.autograd.Function):
-    """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension, for a frozen ``weight``.
+    """``weight * x / sqrt(mean(x ** 2) + eps)`` over the last dimension.
 
     Normalised in float32 and rounded before the weight, as in Llama. Zhang & Sennrich 2019, equation 4.
     """
@@ -39,12 +39,15 @@ class RMSNorm(torch.autograd.Function):
         return x.to(wide, copy=True).mul_(inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
-        grad = (grad * weight).to(inverse.dtype)
         normed = x.to(inverse.dtype, copy=True).mul_(inverse)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = (grad * weight).to(inverse.dtype)
         shared = torch.linalg.vecdot(grad, normed)[..., None].div_(-x.shape[-1])
-        return grad.addcmul_(normed, shared).mul_(inverse).to(x.dtype), None, None
+        return grad.addcmul_(normed, shared).mul_(inverse).to(x.dtype), grad_weight, None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -172,7 +175,9 @@ def _with_columns(x: Tensor, values: Tensor) -> Tensor:
 
 
 @contextmanager
-def fused_ops(model: nn.Module, *, causal_masks: bool = False) -> Iterator[dict[str, int]]:
+def fused_ops(
+    model: nn.Module, *, causal_masks: bool = False, learning_norms: bool = False
+) -> Iterator[dict[str, int]]:
     """Run the norms, SwiGLU, rotary embedding and attention of ``model`` by the functions above.
 
     A module is replaced only where a probe shows that it computes the same function; anything else, and any
@@ -182,8 +187,9 @@ def fused_ops(model: nn.Module, *, causal_masks: bool = False) -> Iterator[dict[
     Args:
         causal_masks: every boolean mask that attention is given meanwhile is one that
             :class:`CausalAttention` takes; otherwise calls with a mask run the model's own code.
+        learning_norms: replace norms whose weight is trained, too.
     """
-    norms = _replaceable(model, _is_frozen_norm, _norm_forward)
+    norms = _replaceable(model, lambda layer: _is_norm(layer, learning_norms), _norm_forward)
     mlps = _replaceable(model, _is_swiglu, _swiglu_forward)
     with ExitStack() as undo:
         for layer, forward in [*norms, *mlps]:
@@ -228,13 +234,13 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     )
 
 
-def _is_frozen_norm(layer: nn.Module) -> bool:
+def _is_norm(layer: nn.Module, learning: bool) -> bool:
     parameters = list(layer.parameters())
     return (
         type(layer).__name__.endswith("RMSNorm")
         and [n for n, _ in layer.named_parameters()] == ["weight"]
         and isinstance(getattr(layer, "variance_epsilon", None), float)
-        and not parameters[0].requires_grad
+        and (learning or not parameters[0].requires_grad)
     )
 
 

@@ -108,14 +108,16 @@ def _forward(layer: Any) -> Any:
 
 
 @contextmanager
-def fused(model: nn.Module, where: torch.device, *, causal_masks: bool = False) -> Iterator[None]:
+def fused(
+    model: nn.Module, where: torch.device, *, causal_masks: bool = False, learning_norms: bool = False
+) -> Iterator[None]:
     """All that makes a training step on a CPU faster without changing what it computes; elsewhere nothing.
 
     Args:
-        causal_masks: see ``fused_ops``.
+        causal_masks, learning_norms: see ``fused_ops``.
     """
     if where.type != "cpu":
         yield
         return
-    with fused_lora(model), fused_ops(model, causal_masks=causal_masks):
+    with fused_lora(model), fused_ops(model, causal_masks=causal_masks, learning_norms=learning_norms):
         yield
