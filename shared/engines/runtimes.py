@@ -116,14 +116,19 @@ def install_llama_cpp() -> tuple[Path, bool]:
     return folder, False
 
 
+def installed(name: str) -> bool:
+    """Whether an engine's runtime is here."""
+    if name == "llama.cpp":
+        return any(llama_cpp_folder().glob("libllama.*"))
+    return importlib.util.find_spec(WHEELS[name][0]) is not None
+
+
 def require_engine(name: str) -> None:
     """Raise with the install line, exit 69, when an engine's runtime is absent."""
     if name == "llama.cpp":
         find_llama_cpp()
-        return
-    module, extra = WHEELS[name]
-    if importlib.util.find_spec(module) is None:
+    elif not installed(name):
         raise ToolError(
-            f"the runtime {name} is not installed; run: pip install 'tuneutils[{extra}]'",
+            f"the runtime {name} is not installed; run: pip install 'tuneutils[{WHEELS[name][1]}]'",
             code=ExitCode.UNAVAILABLE,
         )

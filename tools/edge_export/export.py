@@ -128,7 +128,7 @@ def _companions(art: Artifact, folder: Path, built: Built) -> None:
 
 
 def _chat(art: Artifact, tokenizer: Any, weights: Any) -> None:
-    """``chat.json``: what stands before and after a user's message, and the tokens that end the answer.
+    """``chat.json``: what stands before and after a user's message, what ends the answer, how much fits.
 
     For runtimes without a template engine; it is the chat template, rendered.
     """
@@ -139,7 +139,8 @@ def _chat(art: Artifact, tokenizer: Any, weights: Any) -> None:
             [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
         )
         before, _, after = str(text).partition(mark)
-    chat = {"before": before, "after": after, "stop": end_tokens(tokenizer, weights)}
+    stop, context = end_tokens(tokenizer, weights), weights.config.get("max_position_embeddings")
+    chat = {"before": before, "after": after, "stop": stop, "context": context}
     write_json(art.dir / "chat.json", chat)
 
 

@@ -31,7 +31,7 @@ def build(job: Job) -> Built:
         require_engine("llama.cpp")
     path = job.folder / "model.gguf"
     write(job, path)
-    command = ["tuneutils.shared.engines.openvino_genai", "convert", str(path)]
+    command = ["tuneutils.shared.engines.openvino_genai", "convert", str(path), str(job.weights.folder)]
     run_child(command, job.environment, "OpenVINO cannot read the GGUF file")
     path.unlink()
     if not (job.folder / MODEL).is_file():

@@ -20,7 +20,7 @@ def main(prompt, max_new_tokens=128):
     stream = tokenizer.create_stream()
     tokens = tokenizer.encode(chat["before"] + prompt + chat["after"])
     params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(tokens) + max_new_tokens, do_sample=False)
+    params.set_search_options(max_length=min(len(tokens) + max_new_tokens, chat["context"]), do_sample=False)
     generator = og.Generator(model, params)
     generator.append_tokens(tokens)
     while not generator.is_done():
