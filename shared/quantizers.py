@@ -34,10 +34,9 @@ FP4 = (
 )  # fmt: skip
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
-# The grid search over scales: how far the range shrinks, in how many steps, under which norm (the values of
-# GPTQ's and llm-compressor's own MSE observers).
-SHRINK = 0.2
-SHRINK_STEPS = 20
+# The search over scales tries ranges down to this share of the whole, in so many steps.
+SMALLEST_RANGE = 0.5
+RANGE_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,8 @@ def fit(weight: Tensor, grid: Grid, *, search: bool = False, importance: Tensor 
         return best
     weights = None if importance is None else grouped(importance.float()[None], grid)
     least = _group_error(blocks, best, grid, weights)
-    for step in range(1, SHRINK_STEPS + 1):
-        shrink = 1 - (1 - SHRINK) * step / SHRINK_STEPS
-        tried = _range_scales(low * shrink, high * shrink, grid)
+    for share in _range_shares(grid):
+        tried = _range_scales(low * share, high * share, grid)
         error = _group_error(blocks, tried, grid, weights)
         better = error < least
         least = torch.where(better, error, least)
@@ -116,6 +114,14 @@ def fit(weight: Tensor, grid: Grid, *, search: bool = False, importance: Tensor 
             torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero)
         )
     return best
+
+
+def _range_shares(grid: Grid) -> list[float]:
+    """Shares of the range to try; for symmetric grids also those at which a group's largest value lies on an
+    end of the grid, so that what lies on a grid already is found to."""
+    shares = [1 - (1 - SMALLEST_RANGE) * step / RANGE_STEPS for step in range(1, RANGE_STEPS + 1)]
+    half = ((1 << grid.bits) - 1) / 2
+    return [*shares, half / grid.high, half / -grid.low] if grid.symmetric else shares
 
 
 def _range_scales(low: Tensor, high: Tensor, grid: Grid) -> Scales:

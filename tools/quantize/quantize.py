@@ -72,7 +72,7 @@ def _check_arguments(params: Params) -> None:
     if bad := [b for b in params.mixed_bits if b > 8]:
         raise ToolError(f"--mixed-bits {bad[0]}: at most 8", code=ExitCode.USAGE)
     if params.scheme in BNB:
-        require("bitsandbytes", "qlora")
+        require("bitsandbytes", "quantize")
 
 
 def _inputs(run: Run[Params]) -> list[Input]:
