@@ -76,6 +76,17 @@ def votes(assets: Assets) -> Path:
     return path
 
 
+def reward_model(assets: Assets) -> Path:
+    """A reward model trained for a moment on the preference records."""
+    path = assets.records / "reward-model"
+    if not path.exists():
+        args = ("-q", "-m", assets.model, "-o", path, assets.stream("preference"), *QUICK_RM, *CPU)
+        assert invoke(load_tool("rm-train"), *args).code == 0
+    return path
+
+
+QUICK_RM = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "0.01")
+
 CASES = [
     Case("model-import", lambda a: [a.model], lambda _: ["--licence", "MIT"]),
     Case(
@@ -164,6 +175,32 @@ CASES = [
     ),
     Case("model-card", lambda a: [a.artifact]),
     Case("pref-collect report", lambda a: [votes(a)]),
+    Case(
+        "rm-train train",
+        lambda a: [a.stream("preference")],
+        lambda a: ["-m", a.model, "--eval-share", "0.3", *QUICK_RM, *CPU],
+        reads="preference",
+        paths=("-m", "--eval", "--normalise"),
+        stdin=True,
+    ),
+    Case(
+        "rm-train score",
+        lambda a: [a.stream("prompt-completion")],
+        lambda a: ["-m", reward_model(a), *CPU],
+        reads="prompt-completion",
+        makes="stream",
+        output="out.jsonl",
+        paths=("-m",),
+        stdin=True,
+    ),
+    Case(
+        "rm-train eval",
+        lambda a: [a.stream("preference")],
+        lambda a: ["-m", reward_model(a), *CPU],
+        reads="preference",
+        paths=("-m",),
+        stdin=True,
+    ),
     Case(
         "ppo-run train",
         lambda a: [a.stream("prompt")],

@@ -55,7 +55,9 @@ def encode_text(
 
 def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> Text:
     """Tokenize a ``prompt``+``completion`` or ``messages`` record, of which the last answer is scored."""
-    return _closed(record, tokenizer, template)
+    if "completion" in record:
+        return encode_text(record["prompt"], record["completion"], tokenizer, template)
+    return _closed({"messages": record["messages"]}, tokenizer, template)
 
 
 def _closed(record: Record, tokenizer: PreTrainedTokenizerBase, template: str) -> Text:

@@ -129,7 +129,7 @@ class TestScore:
         path = write_jsonl(Path("in.jsonl"), preferences(1))
         done = score(path, "-m", tiny_model)
         assert (done.code, "train one with rm-train" in done.error) == (65, True)
-        assert score(path, "-m", "nosuch/rm").code == 66
+        assert score(path, "-m", "nosuch/folder/rm").code == 66
 
 
 class TestEval:
@@ -227,7 +227,7 @@ class TestFaults:
             (("--method", "prompt"), "cannot be merged"),
             (("--method", "qlora"), "full precision"),
             (("--method", "full", "--merge"), "nothing to merge"),
-            (("--method", "lroa"), "did you mean 'lora'"),
+            (("--method", "lorra"), "did you mean 'lora'"),
         ],
     )
     def test_options_that_do_not_fit(
@@ -262,7 +262,7 @@ def test_methods_learn(method: str, rm: Callable[..., Result], records: Path, wo
 
 def test_centring_brings_scores_to_zero(rm: Callable[..., Result], records: Path) -> None:
     means = []
-    for name, weight in (("off", "0"), ("on", "0.5")):
+    for name, weight in (("off", "0"), ("on", "5")):
         args = ("--epochs", "4", "--normalise", "none", "--centre", weight)
         assert rm(records, "-q", *QUICK, *args, output=name).code == 0
         scores = report_of(Path(name))["scores"]
