@@ -314,9 +314,10 @@ def _attention(causal_masks: bool) -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        masked = attention_mask is not None
-        ours = masked and causal_masks and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
-        special = (masked and not ours) or dropout or kwargs.get("softcap") is not None
+        ours = attention_mask is None or (
+            causal_masks and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
+        )
+        special = not ours or dropout or kwargs.get("softcap") is not None
         special = special or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None
         if special or not causal or not _covers(query, key, value):
             return sdpa_attention_forward(

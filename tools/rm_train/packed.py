@@ -75,11 +75,19 @@ class PairReader:
         chosen, rejected = batch["ends"]
         return scores[rows, chosen, 0], scores[rows, rejected, 0]
 
-    def agrees(self, model: Any) -> bool:
+    def agrees(self, model: Any, longest: int) -> bool:
         """Whether this model takes such masks and positions, tried on one made-up pair.
 
         Its scores must be those of rows of their own, and rejected's must not depend on chosen by a bit.
+        A mask replaces a window of attention that the model may have, so rows must fit into it.
+
+        Args:
+            longest: tokens of the longest row.
         """
+        inner = model.config.get_text_config()
+        windows = (getattr(inner, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if any(window is not None and window < longest for window in windows):
+            return False
         parameter = next(model.parameters())
         where = parameter.device
         chosen, rejected = [5, 6, 7, 8, 9, 10, 11, 4], [5, 6, 7, 12, 13, 4]

@@ -99,10 +99,11 @@ class PairTrainer(Resumable, RewardTrainer):  # type: ignore[misc]
             callbacks=list(callbacks),
         )
         self._reader = PairReader(model)
+        lengths = [packed_length(p.chosen.ids, p.rejected.ids) for p in pairs]
         with self.accelerator.autocast():
-            packs = self._reader.agrees(model)
+            packs = self._reader.agrees(model, max(lengths))
         self.data_collator.packs = packs
-        self._lengths = [packed_length(p.chosen.ids, p.rejected.ids) if packs else p.length for p in pairs]
+        self._lengths = lengths if packs else [p.length for p in pairs]
         self.model_accepts_loss_kwargs = True  # so that the pairs of the whole window are counted
         self._loss_shifts_labels = False
         self.remove_callback(PrinterCallback)

@@ -39,7 +39,7 @@ def test_shared_start() -> None:
 def test_scores_are_those_of_rows_of_their_own(tiny_model: Path) -> None:
     model = classifier(tiny_model)
     reader = PairReader(model)
-    assert reader.agrees(model)
+    assert reader.agrees(model, 64)
     with torch.no_grad():
         packed = reader(model, pack(*SIDES, pad_id=1))
         alone = [torch.cat([read_out(model, padded([row], 1)) for row in side]) for side in SIDES]
@@ -73,7 +73,7 @@ def test_a_model_that_ignores_mask_or_positions_is_told(
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(40)
             layer.self_attn.o_proj.weight.mul_(40)
-    assert not PairReader(model).agrees(model)
+    assert not PairReader(model).agrees(model, 64)
 
 
 def test_eager_attention_is_told_or_right(tmp_path: Path) -> None:
@@ -81,8 +81,22 @@ def test_eager_attention_is_told_or_right(tmp_path: Path) -> None:
     model = classifier(path)
     model.set_attn_implementation("eager")
     reader = PairReader(model)
-    if reader.agrees(model):
+    if reader.agrees(model, 64):
         with torch.no_grad():
             packed = reader(model, pack(*SIDES, pad_id=1))
             alone = [torch.cat([read_out(model, padded([row], 1)) for row in side]) for side in SIDES]
         torch.testing.assert_close(torch.stack(packed), torch.stack(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_a_window_of_attention_must_hold_a_row(tmp_path: Path) -> None:
+    """A mask takes the place of Mistral's sliding window."""
+    from transformers import MistralConfig, MistralForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=100, num_key_value_heads=2, sliding_window=20, num_labels=1, pad_token_id=1, **sizes
+    )
+    MistralForSequenceClassification(config).save_pretrained(tmp_path)
+    model = classifier(tmp_path)
+    assert PairReader(model).agrees(model, 20)
+    assert not PairReader(model).agrees(model, 21)
