@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support import PROVERBS, Result, build_tiny_model, write_jsonl
 
 CALIBRATE = ("--calibration-rows", "8", "--calibration-length", "32")
@@ -47,13 +46,3 @@ def quantize(click_cli: Callable[..., Result], texts: Path, workdir: Path) -> Ca
         return click_cli("quantize", source, "--scheme", scheme, *given, *common, *map(str, args), **keywords)
 
     return run
-
-
-def reload(folder: Path | str, dtype: torch.dtype = torch.float32) -> Any:
-    """The artifact as Transformers loads it, its weights ready to be looked at."""
-    from transformers import AutoModelForCausalLM
-
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    return loaded.eval()
