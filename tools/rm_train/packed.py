@@ -54,12 +54,22 @@ def pack(
 
 
 class PairReader:
-    """Scores of packed pairs, read from all positions that the model's head has seen."""
+    """Scores of packed pairs, read from all positions that the model's head has seen.
+
+    As a context manager it lets go of the model at the end.
+    """
 
     def __init__(self, model: Any) -> None:
         self._seen: list[Tensor] = []
-        for head in (m for m in model.modules() if isinstance(m, Head)):
-            head.register_forward_hook(self._keep)
+        heads = [m for m in model.modules() if isinstance(m, Head)]
+        self._hooks = [head.register_forward_hook(self._keep) for head in heads]
+
+    def __enter__(self) -> PairReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _keep(self, _module: Any, _args: Any, output: Tensor) -> None:
         self._seen.append(output)

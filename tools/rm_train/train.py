@@ -59,10 +59,10 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         if not is_main():
             return {}
         rm = fitted.rm
-        learnt = score_pairs(rm, sample(pairs, run.seed), 2 * params.batch_size)
+        learnt = score_pairs(rm, sample(pairs, run.seed), params.batch_size)
         if params.normalise != "none":
             rm.mean, rm.std = measured_on(run, rm, learnt, demonstrations)
-        scored = {name: score_pairs(rm, some, 2 * params.batch_size) for name, some in held.items()}
+        scored = {name: score_pairs(rm, some, params.batch_size) for name, some in held.items()}
         report = measure(rm, scored, learnt=learnt, seed=run.seed)
         say(run, report)
         _save(run, art, base, fitted)

@@ -14,7 +14,8 @@ import torch  # isort: skip
 
 from tuneutils.shared.models import load_tokenizer, resolve
 from tuneutils.tools.rm_train.packed import PairReader, pack, packed_length, shared_start
-from tuneutils.tools.rm_train.reward_model import load_classifier, padded, read_out
+from tuneutils.tools.rm_train.reward_model import RewardModel, load_classifier, padded, read_out
+from tuneutils.tools.rm_train.scored import score_pairs
 
 from .test_loss import CPU, pairs_of, trainer_of
 
@@ -45,6 +46,21 @@ def test_scores_are_those_of_rows_of_their_own(tiny_model: Path) -> None:
         alone = [torch.cat([read_out(model, padded([row], 1)) for row in side]) for side in SIDES]
     for ours, expected in zip(packed, alone, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_scored_pairs_are_those_of_each_text(
+    packs: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    pairs = pairs_of(tokenizer, 11)
+    rm = RewardModel(classifier(tiny_model), tokenizer, CPU, torch.float32)
+    if not packs:
+        monkeypatch.setattr(PairReader, "agrees", lambda *_: False)
+    found = score_pairs(rm, pairs, 4)
+    for side in ("chosen", "rejected"):
+        alone = [rm.scores([getattr(p, side).ids], 1, raw=True)[0] for p in pairs]
+        assert getattr(found, side).tolist() == pytest.approx(alone, rel=1e-5, abs=1e-6)
 
 
 def test_so_are_the_gradients(tiny_model: Path, tmp_path: Path) -> None:
