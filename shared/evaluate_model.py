@@ -68,6 +68,9 @@ def score_sequences(
             logits are held whole.
         progress: called with the number of sequences done since the last call.
     """
+    own = getattr(loaded, "score_sequences", None)  # a model in another runtime scores by itself
+    if own is not None:
+        return list(own(sequences, progress=progress))
     scores: list[Score | None] = [None] * len(sequences)
     if greedy:
         batch_tokens = min(batch_tokens, GREEDY_BATCH_TOKENS)

@@ -49,7 +49,8 @@ class OpenvinoGenai:
 
     def logits(self, ids: Sequence[int]) -> Logits:
         self.begin(1, len(ids))
-        return self._infer([ids])[0]
+        found: Logits = self._infer([ids])[0]
+        return found
 
     def feed(self, rows: Sequence[Sequence[int]]) -> list[int]:
         return [int(i) for i in self._infer(rows)[:, -1].argmax(-1)]
@@ -75,8 +76,8 @@ class OpenvinoGenai:
 def convert(path: str, tokenizer: str) -> None:
     """Write the intermediate representation of a GGUF file beside it.
 
-    The tokenizer is converted from the Transformers folder ``tokenizer``: the one that OpenVINO GenAI makes of
-    a GGUF file's metadata does not split as ``tokenizer.ggml.pre`` says.
+    The tokenizer is converted from the Transformers folder ``tokenizer``: the one that OpenVINO GenAI
+    makes of a GGUF file's metadata does not split as ``tokenizer.ggml.pre`` says.
     """
     import openvino
     import openvino_genai

@@ -173,6 +173,15 @@ CASES = [
         paths=("-m", "--heldout"),
         stdin=True,
     ),
+    Case(
+        "edge-export package",
+        lambda a: [a.model],
+        lambda a: [
+            *("--heldout", a.stream("text"), "--scheme", "bf16", "--parity-tokens", "32", "--threads", "1"),
+            *("--min-agreement", "0", "--max-kl", "100", *CPU),
+        ],
+        paths=("--heldout",),
+    ),
     Case("model-card", lambda a: [a.artifact]),
     Case("pref-collect report", lambda a: [votes(a)]),
     Case(

@@ -171,6 +171,7 @@ def _describe(
         bytes=size,
         parameters=built.types.parameters,
         bits_per_weight=float(f"{built.types.bits_per_weight:.6g}"),
+        weight_bytes=built.types.read_bytes,
         tensor_types=built.types.types,
         **{k: v for k, v in found.items() if k != "first_unlike"},
     )

@@ -7,7 +7,7 @@ and keys of Llama with the halves of each head interleaved (``permute``), Gemma'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,15 +256,21 @@ class TensorTypes:
         types: name of the type → its tensors, parameters and bytes.
         parameters: of all tensors.
         bits_per_weight: of all tensors, block scales included.
+        read_bytes: what one decoded token reads: all but an embedding that is no head as well.
     """
 
     types: dict[str, dict[str, int]]
     parameters: int
     bits_per_weight: float
+    read_bytes: int
 
 
-def tensor_types(found: Iterator[tuple[str, int, int]]) -> TensorTypes:
-    """Sum up ``(type, parameters, bytes)`` of each tensor."""
+def tensor_types(found: Iterable[tuple[str, int, int]], looked_up: int = 0) -> TensorTypes:
+    """Sum up ``(type, parameters, bytes)`` of each tensor.
+
+    Args:
+        looked_up: bytes of an embedding of which a token reads one row.
+    """
     types: dict[str, dict[str, int]] = {}
     for name, parameters, size in found:
         row = types.setdefault(name, {"tensors": 0, "parameters": 0, "bytes": 0})
@@ -273,7 +279,7 @@ def tensor_types(found: Iterator[tuple[str, int, int]]) -> TensorTypes:
         row["bytes"] += size
     parameters = sum(r["parameters"] for r in types.values())
     size = sum(r["bytes"] for r in types.values())
-    return TensorTypes(dict(sorted(types.items())), parameters, 8 * size / parameters)
+    return TensorTypes(dict(sorted(types.items())), parameters, 8 * size / parameters, size - looked_up)
 
 
 def gguf_tensor_types(path: Path) -> TensorTypes:
@@ -281,4 +287,6 @@ def gguf_tensor_types(path: Path) -> TensorTypes:
     import gguf
 
     tensors = gguf.GGUFReader(path).tensors
-    return tensor_types((t.tensor_type.name, int(t.n_elements), int(t.n_bytes)) for t in tensors)
+    names = {t.name: int(t.n_bytes) for t in tensors}
+    looked_up = names["token_embd.weight"] if "output.weight" in names else 0
+    return tensor_types(((t.tensor_type.name, int(t.n_elements), int(t.n_bytes)) for t in tensors), looked_up)

@@ -38,7 +38,9 @@ def onnx_tensor_types(path: Path) -> TensorTypes:
     A matrix stored in blocks counts as the parameters that it stands for; its scales and zero points count as
     bytes of it. Rotary tables are no weights.
     """
-    return tensor_types(_weights(path))
+    rows = list(_weights(path))
+    looked_up = sum(size for name, _, size in rows if name.startswith("embedding "))
+    return tensor_types(((n.removeprefix("embedding "), p, s) for n, p, s in rows), looked_up)
 
 
 def _weights(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -66,7 +68,8 @@ def _weights(path: Path) -> Iterator[tuple[str, int, int]]:
             onnx.TensorProto.BFLOAT16,
         )
         if name not in done and floating and not name.startswith(("cos_cache", "sin_cache")):
-            yield onnx.TensorProto.DataType.Name(tensor.data_type), math.prod(tensor.dims), size
+            mark = "embedding " if name.startswith("model.embed_tokens") else ""
+            yield mark + onnx.TensorProto.DataType.Name(tensor.data_type), math.prod(tensor.dims), size
 
 
 def _bytes(tensor: object) -> int:

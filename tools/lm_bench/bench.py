@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
 from tuneutils.tools.lm_bench import report as reports
 from tuneutils.tools.lm_bench.measured import Measured
 from tuneutils.tools.lm_bench.params import Params
-from tuneutils.tools.lm_bench.tradeoff import fronts, points, quality_metric, write_plots
+from tuneutils.tools.lm_bench.tradeoff import choice, choice_line, fronts, points, quality_metric, write_plots
 
 
 @dataclass(frozen=True)
@@ -128,22 +128,49 @@ def _plan(run: Run[Params], entries: Sequence[Entry]) -> tuple[list[Input], Any]
     if all(e.report for e in entries):
         inputs = [describe_input("report", e.path) for e in entries]
         return inputs, lambda: [m for e in entries for m in _read(e)]
-    from tuneutils.shared.models import model_input, resolve
+    from tuneutils.shared.models import model_input
+    from tuneutils.tools.lm_bench.edge import resolve_any
     from tuneutils.tools.lm_bench.measure import measure, prepare
 
-    refs = {e.label: resolve(e.path) for e in entries if not e.report}
+    refs = {e.label: resolve_any(e.path) for e in entries if not e.report}
+    original = _original(run, refs)
     exams, files = prepare(run)
-    models = [describe_input("report", e.path) if e.report else model_input(e.path) for e in entries]
+    models = [
+        describe_input("report", e.path)
+        if e.report
+        else describe_input("edge", e.path)
+        if refs[e.label].kind == "edge"
+        else model_input(e.path)
+        for e in entries
+    ]
 
     def measure_all() -> list[Measured]:
         measured: list[Measured] = []
         for entry in entries:
             measured += (
-                _read(entry) if entry.report else [measure(run, entry.label, refs[entry.label], exams)]
+                _read(entry)
+                if entry.report
+                else [measure(run, entry.label, refs[entry.label], exams, original)]
             )
         return measured
 
     return [*models, *files], measure_all
+
+
+def _original(run: Run[Params], refs: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Label and model of ``--reference``."""
+    label = run.params.reference
+    if label is None:
+        return None
+    if label not in refs or refs[label].kind == "edge":
+        known = [name for name, ref in refs.items() if ref.kind != "edge"]
+        raise ToolError(
+            f"--reference {label}: not among the models that Transformers loads: {', '.join(known)}",
+            code=ExitCode.USAGE,
+        )
+    if not run.params.records:
+        raise ToolError("--reference: needs --records to compare on", code=ExitCode.USAGE)
+    return label, refs[label]
 
 
 def _read(entry: Entry) -> list[Measured]:
@@ -197,11 +224,14 @@ def _events(path: Path) -> list[dict[str, Any]]:
 def _measure_speed(
     run: Run[Params], entries: Sequence[Entry], runs: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
+    from tuneutils.tools.lm_bench.bandwidth import add_shares
     from tuneutils.tools.lm_bench.speed import measure_apart
 
     out = dict(runs)
+    limits: list[dict[str, Any]] = []
     for entry in entries:
-        out[entry.label] = {**out.get(entry.label, {}), **measure_apart(run, entry.label, entry.path)}
+        found = add_shares(run, limits, lambda entry=entry: measure_apart(run, entry.label, entry.path))
+        out[entry.label] = {**out.get(entry.label, {}), **found}
     return out
 
 
@@ -220,6 +250,7 @@ def _write(
         rows = points(report, quality)
         report["pareto"] = fronts(report, quality, rows)
         report["quality"] = ":".join(quality)
+        report["choice"] = choice(report, quality)
         write_plots(art.dir / "plots", report, quality, rows, report["pareto"])
     reports.write(art.dir, report, models)
     for warning in report["warnings"]:
@@ -269,3 +300,5 @@ def _show(run: Run[Params], report: reports.Report, runs: dict[str, dict[str, An
             Path(run.params.csv).write_text(text, encoding="utf-8")
     if not run.quiet:
         click.echo(reports.to_text(report, runs), err=True)
+        if "choice" in report:
+            click.echo(choice_line(report, runs), err=True)

@@ -13,6 +13,7 @@ from tuneutils.shared.models import Loaded
 from tuneutils.shared.records import BadRecord, Located, Record
 from tuneutils.shared.sample import Sampling, generate
 from tuneutils.shared.supervise import prompt_ids
+from tuneutils.tools.lm_bench.edge import EdgeModel
 from tuneutils.tools.lm_bench.metrics import Item
 from tuneutils.tools.lm_bench.params import Params
 from tuneutils.tools.lm_bench.tasks import Task, apply_filters, extract
@@ -20,22 +21,26 @@ from tuneutils.tools.lm_bench.tasks import Task, apply_filters, extract
 BATCH_SIZE = 8
 
 
-def stop_ids(loaded: Loaded) -> set[int]:
+def stop_ids(loaded: Loaded | EdgeModel) -> set[int]:
     """Tokens that end an answer: the tokenizer's EOS and the generation config's."""
     configured = getattr(loaded.model.generation_config, "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
     return {int(t) for t in [loaded.tokenizer.eos_token_id, *several] if t is not None}
 
 
-def greedy(loaded: Loaded, prompts: Sequence[list[int]], max_new_tokens: int) -> list[tuple[list[int], bool]]:
+def greedy(
+    loaded: Loaded | EdgeModel, prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[tuple[list[int], bool]]:
     """The most likely continuation of each prompt, and whether it ended by itself (EOS cut off)."""
+    if isinstance(loaded, EdgeModel):
+        return loaded.greedy(prompts, max_new_tokens, stop_ids(loaded))
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0, stop_token_ids=sorted(stop_ids(loaded)))
     made = generate(loaded.model, prompts, sampling, pad_token_id=loaded.pad_id, batch_size=BATCH_SIZE)
     stopped = [c.finish_reason == "stop" for c in made]
     return [(c.token_ids[:-1] if end else c.token_ids, end) for c, end in zip(made, stopped, strict=True)]
 
 
-def check_answers(run: Run[Params], loaded: Loaded, records: Sequence[Located]) -> list[Item]:
+def check_answers(run: Run[Params], loaded: Loaded | EdgeModel, records: Sequence[Located]) -> list[Item]:
     """Answer each record's prompt; see ``metrics`` for what is made of the fields."""
     params = run.params
     prompts = []
@@ -78,7 +83,7 @@ def target_of(record: Record) -> str:
     return answer if isinstance(answer, str) else "".join(m["content"] for m in answer)
 
 
-def answer_task(loaded: Loaded, task: Task, max_length: int) -> list[Item]:
+def answer_task(loaded: Loaded | EdgeModel, task: Task, max_length: int) -> list[Item]:
     """A ``generate_until`` task: greedy text up to the first stop string, filtered, compared."""
     room = max(1, max_length - task.max_gen_toks)
     prompts = [list(loaded.tokenizer.encode(c))[-room:] for c in task.contexts()]

@@ -25,6 +25,8 @@ from tuneutils.shared.evaluate_model import (
 )
 from tuneutils.shared.models import Loaded, ModelRef, load_model, parameter_counts
 from tuneutils.shared.records import BadRecord, Located, Reader, dump_line, format_of
+from tuneutils.tools.lm_bench import fidelity
+from tuneutils.tools.lm_bench.edge import EdgeModel, is_edge
 from tuneutils.tools.lm_bench.generation import answer_task, check_answers
 from tuneutils.tools.lm_bench.measured import Measured
 from tuneutils.tools.lm_bench.metrics import KINDS, Item
@@ -153,18 +155,32 @@ def _hash(lines: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def measure(run: Run[Params], label: str, ref: ModelRef, exams: Sequence[Exam]) -> Measured:
+def measure(
+    run: Run[Params],
+    label: str,
+    ref: ModelRef,
+    exams: Sequence[Exam],
+    original: tuple[str, ModelRef] | None = None,
+) -> Measured:
     """Load a model and put it through all exams.
+
+    Args:
+        original: label and model of ``--reference``.
 
     Raises:
         ToolError: naming the model.
     """
     params = run.params
+    loaded: Loaded | EdgeModel
     try:
-        loaded = load_model(
-            ref.given, device=run.device, dtype=run.dtype, trust_remote_code=params.trust_remote_code
-        )
-        measured = Measured(label, describe_model(ref, loaded))
+        if is_edge(ref.given):
+            loaded = EdgeModel.start(ref.given)
+            measured = Measured(label, loaded.describe())
+        else:
+            loaded = load_model(
+                ref.given, device=run.device, dtype=run.dtype, trust_remote_code=params.trust_remote_code
+            )
+            measured = Measured(label, describe_model(ref, loaded))
         for exam in exams:
             run.log.info("%s: %s, %d items", label, exam.name, _size(exam))
             items = _examine(run, loaded, exam)
@@ -172,7 +188,12 @@ def measure(run: Run[Params], label: str, ref: ModelRef, exams: Sequence[Exam]) 
             _add_clusters(items, exam, params.cluster)
             measured.exams[exam.name] = exam.as_json()
             measured.items[exam.name] = items
-        if params.engine == "harness" and params.task:
+        if original is not None and original[0] != label:
+            run.log.info("%s: against %s", label, original[0])
+            fidelity.add(run, measured, loaded, original[1], exams)
+        if isinstance(loaded, EdgeModel):
+            loaded.close()
+        elif params.engine == "harness" and params.task:
             from tuneutils.tools.lm_bench.harness import run_harness
 
             run_harness(run, loaded, measured)
@@ -201,6 +222,7 @@ def describe_model(ref: ModelRef, loaded: Loaded) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "total_parameters": parameter_counts(loaded.model)["total"],
         "bytes": _bytes_on_disk(ref),
+        "bits_per_weight": _bits_per_weight(ref, parameter_counts(loaded.model)["total"]),
         "base_bytes": _bytes_on_disk(ref.root) if ref.base else None,
         "dtype": dtype_name(loaded.dtype),
         "quantization": ref.quantization,
@@ -218,6 +240,21 @@ def _stored_parameters(folder: Path) -> int:
     return total
 
 
+def _bits_per_weight(ref: ModelRef, parameters: int) -> float | None:
+    """Of the stored weights, scales included; None for an adapter or a model on the Hub."""
+    path = Path(ref.path)
+    if ref.kind == "gguf":
+        return float(f"{8 * path.stat().st_size / parameters:.6g}")
+    files = sorted(path.glob("*.safetensors")) if ref.kind == "folder" else []
+    return float(f"{8 * sum(map(_stored_bytes, files)) / parameters:.6g}") if files else None
+
+
+def _stored_bytes(path: Path) -> int:
+    """Of a safetensors file's tensors: all but the header, whose length is in the first eight bytes."""
+    with open(path, "rb") as stream:
+        return path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+
+
 def _bytes_on_disk(ref: ModelRef) -> int | None:
     path = Path(ref.path)
     if path.is_file():
@@ -225,7 +262,7 @@ def _bytes_on_disk(ref: ModelRef) -> int | None:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else None
 
 
-def _examine(run: Run[Params], loaded: Loaded, exam: Exam) -> list[Item]:
+def _examine(run: Run[Params], loaded: Loaded | EdgeModel, exam: Exam) -> list[Item]:
     if isinstance(exam.source, Task):
         return run_task(run.params, loaded, exam.source)
     if exam.kind == "generation":
@@ -241,14 +278,14 @@ def _examine(run: Run[Params], loaded: Loaded, exam: Exam) -> list[Item]:
         return perplexity_items(loaded, sequences, progress=bar.update, **limits)
 
 
-def _limits(params: Params, loaded: Loaded, *, with_stride: bool = True) -> dict[str, Any]:
+def _limits(params: Params, loaded: Loaded | EdgeModel, *, with_stride: bool = True) -> dict[str, Any]:
     own = context_length(loaded.model)
     longest = params.max_length if own is None else min(params.max_length, own - 1)
     stride = {"stride": min(params.stride or longest, longest)} if with_stride else {}
     return {"max_length": longest, "batch_tokens": params.batch_tokens, **stride}
 
 
-def run_task(params: Params, loaded: Loaded, task: Task) -> list[Item]:
+def run_task(params: Params, loaded: Loaded | EdgeModel, task: Task) -> list[Item]:
     try:
         if task.output_type == "loglikelihood_rolling":
             return _rolling(params, loaded, task)
@@ -261,7 +298,7 @@ def run_task(params: Params, loaded: Loaded, task: Task) -> list[Item]:
         raise ToolError(f"{task.path}: {exc}") from exc
 
 
-def _rolling(params: Params, loaded: Loaded, task: Task) -> list[Item]:
+def _rolling(params: Params, loaded: Loaded | EdgeModel, task: Task) -> list[Item]:
     texts = [str(task.target(doc)) for doc in task.docs]
     sequences = [(text_sequence(t, loaded.tokenizer), len(t.encode())) for t in texts]
     items: list[Item] = list(perplexity_items(loaded, sequences, **_limits(params, loaded)))
@@ -270,7 +307,7 @@ def _rolling(params: Params, loaded: Loaded, task: Task) -> list[Item]:
     return items
 
 
-def _loglikelihood(params: Params, loaded: Loaded, task: Task) -> list[Item]:
+def _loglikelihood(params: Params, loaded: Loaded | EdgeModel, task: Task) -> list[Item]:
     delimiter = task.config_text("target_delimiter")
     pairs = [
         (context, f"{delimiter}{task.target(doc)}")
@@ -280,7 +317,7 @@ def _loglikelihood(params: Params, loaded: Loaded, task: Task) -> list[Item]:
     return [{"acc": int(s.greedy), "nll": -s.logprob, "tokens": s.tokens} for s in scores]
 
 
-def _multiple_choice(params: Params, loaded: Loaded, task: Task) -> list[Item]:
+def _multiple_choice(params: Params, loaded: Loaded | EdgeModel, task: Task) -> list[Item]:
     delimiter = task.config_text("target_delimiter")
     choices = [task.choices(doc) for doc in task.docs]
     contexts = task.contexts()

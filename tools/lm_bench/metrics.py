@@ -44,6 +44,11 @@ TARGET_PERPLEXITY = Metric(
     "perplexity", "nll", None, "exp(mean over items of the target's nll)", "lower", np.exp
 )
 
+KL = Metric("kl", "kl", "tokens", "Σ KL(original ‖ model) / Σ tokens, in nats", "lower")
+AGREEMENT = Metric(
+    "agreement", "agree", "tokens", "share of tokens with the original's most likely next token", "higher"
+)
+
 _MEANS = {
     "acc": ("mean(argmax log P(choice | context) is right)", "higher"),
     "acc_norm": ("mean(argmax log P(choice | context) / characters is right)", "higher"),
@@ -64,6 +69,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "loglikelihood": ("acc", "perplexity"),
     "loglikelihood_rolling": ("bits_per_byte", "byte_perplexity", "word_perplexity"),
     "generate_until": ("exact_match", "stop_rate", "length"),
+    "fidelity": ("kl", "agreement"),
     "generation": (
         "stop_rate", "length", "distinct_1", "distinct_2", "repetition", "exact_match", "contains",
     ),
@@ -74,7 +80,7 @@ def metric(kind: str, name: str) -> Metric:
     """The definition of a task kind's metric; an unknown name is a mean over items."""
     if kind == "loglikelihood" and name == "perplexity":
         return TARGET_PERPLEXITY
-    for defined in (PERPLEXITY, BITS_PER_BYTE, BYTE_PERPLEXITY, WORD_PERPLEXITY):
+    for defined in (PERPLEXITY, BITS_PER_BYTE, BYTE_PERPLEXITY, WORD_PERPLEXITY, KL, AGREEMENT):
         if defined.name == name:
             return defined
     formula, better = _MEANS.get(name, (f"mean of {name} over items", "higher"))

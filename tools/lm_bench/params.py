@@ -26,6 +26,11 @@ class Params:
     baseline: str | None = option(
         None, help="The model that others are compared with: a label, or one more model or report."
     )
+    reference: str | None = option(
+        None,
+        help="The original: KL and top-1 agreement of the others with it, on the first --records; a label.",
+    )
+    reference_tokens: int = option(2048, help="Tokens to compare with the original on.", min=1)
     quality: str | None = option(
         None, help="Metric of the trade-off; by default the first task's.", metavar="TASK:METRIC"
     )
@@ -58,5 +63,10 @@ class Params:
     )
     speed_batch: tuple[int, ...] = option((1,), help="Batch sizes to measure speed at.", role="runtime")
     speed_tokens: int = option(32, help="Tokens to decode when measuring speed.", min=2, role="runtime")
+    bandwidth: bool = option(
+        True,
+        help="With --speed, measure the memory bandwidth too: the share of it that decoding reaches.",
+        role="runtime",
+    )
     repeats: int = option(5, help="Repeats of a speed measurement; the median counts.", min=1, role="runtime")
     csv: str | None = option(None, help="Also write the table here, or to stdout (-).", role="runtime")

@@ -18,13 +18,23 @@ from tuneutils.tools.lm_bench.metrics import Metric, difference, estimate, metri
 
 SCHEMA = 1
 REPORT, ITEMS, TABLE, TEXT = "report.json", "items.jsonl.gz", "table.csv", "report.md"
-INFO = ("method", "trainable_parameters", "total_parameters", "bytes", "base_bytes", "dtype", "quantization")
+INFO = (
+    "method",
+    "trainable_parameters",
+    "total_parameters",
+    "bytes",
+    "bits_per_weight",
+    "base_bytes",
+    "dtype",
+    "quantization",
+)
 
 COST_COLUMNS = (
     "load_s",
     "ttft_s",
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
+    "bandwidth_share",
     "peak_rss_bytes",
     "train_s",
 )
@@ -223,6 +233,8 @@ def to_markdown(report: Report) -> str:
         lines += ["", *(f"- {m}: {formula}" for m, formula in task["formulas"].items()), ""]
     lines += [f"Intervals: {report['interval']}, seed {report['seed']}.", ""]
     lines += [f"Warning: {w}." for w in report["warnings"]]
+    if "choice" in report:
+        lines.append(f"Smallest within 1 % of {report['choice']['best']}: {report['choice']['smallest']}.")
     for axis, labels in report.get("pareto", {}).items():
         lines.append(f"Pareto-optimal in quality and {axis}: {', '.join(labels)}.")
     return "\n".join(lines).rstrip() + "\n"

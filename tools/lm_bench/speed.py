@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared.command import Run
+from tuneutils.shared.engines.protocol import peak_rss_bytes
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.tools.lm_bench.params import Params
 
@@ -61,6 +62,10 @@ def measure_apart(run: Run[Params], label: str, path: str) -> dict[str, Any]:
 
 def measure(wanted: dict[str, Any]) -> dict[str, Any]:
     """The measurement itself, in this process; keys as :func:`measure_apart` passes them."""
+    from tuneutils.tools.lm_bench.edge import is_edge
+
+    if is_edge(wanted["path"]):
+        return _measure_edge(wanted)
     from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
     import torch  # isort: skip
     import peft  # noqa: F401 - so that no import counts as loading
@@ -86,7 +91,8 @@ def measure(wanted: dict[str, Any]) -> dict[str, Any]:
         "load_s": load_s,
         **{k: rows[0][k] for k in rows[0] if k not in ("prompt", "batch")},
     }
-    out.update(peak_rss_bytes=_peak_rss_bytes(), threads=torch.get_num_threads(), device=loaded.device.type)
+    out.update(weight_bytes=_weight_bytes(loaded))
+    out.update(peak_rss_bytes=peak_rss_bytes(), threads=torch.get_num_threads(), device=loaded.device.type)
     if loaded.device.type == "cuda":
         out["peak_cuda_bytes"] = torch.cuda.max_memory_allocated(loaded.device)
     return {**out, "repeats": wanted["repeats"], "speed": rows}
@@ -120,22 +126,31 @@ def _rates(loaded: Loaded, prompt: int, batch: int, tokens: int, repeats: int, s
         return call
 
     with torch.inference_mode():
-        prefill_s = _median_s(loaded, prefill, repeats)
-        ttft_s = _median_s(loaded, generate(1), repeats)
-        whole_s = _median_s(loaded, generate(tokens), repeats)
-    step_s = max(whole_s - ttft_s, 1e-9) / (tokens - 1)
-    return {
-        "prompt": prompt,
-        "batch": batch,
-        "ttft_s": ttft_s,
-        "prefill_tokens_per_s": batch * prompt / prefill_s,
-        "decode_tokens_per_s": batch / step_s,
-        "decode_ms_per_token": 1000 * step_s / batch,
-    }
+        prefill_s = _seconds(loaded, prefill, repeats)
+        ttft_s = _seconds(loaded, generate(1), repeats)
+        whole_s = _seconds(loaded, generate(tokens), repeats)
+    first = statistics.median(ttft_s)
+    step_s = [max(whole - first, 1e-9) / (tokens - 1) for whole in whole_s]
+    return rates(prompt, batch, ttft_s, prefill_s, step_s)
 
 
-def _median_s(loaded: Loaded, call: Callable[[], None], repeats: int) -> float:
-    """Median seconds of a call after one that warms up."""
+def rates(
+    prompt: int, batch: int, ttft_s: list[float], prefill_s: list[float], step_s: list[float]
+) -> dict[str, float]:
+    """Medians over repeats, and the least and largest of them as ``_low`` and ``_high``."""
+    out: dict[str, float] = {"prompt": prompt, "batch": batch}
+    for name, values in (
+        ("ttft_s", ttft_s),
+        ("prefill_tokens_per_s", [batch * prompt / s for s in prefill_s]),
+        ("decode_tokens_per_s", [batch / s for s in step_s]),
+        ("decode_ms_per_token", [1000 * s / batch for s in step_s]),
+    ):
+        out.update({name: statistics.median(values), f"{name}_low": min(values), f"{name}_high": max(values)})
+    return out
+
+
+def _seconds(loaded: Loaded, call: Callable[[], None], repeats: int) -> list[float]:
+    """Seconds of each repeat of a call after one that warms up."""
     call()
     times = []
     for _ in range(repeats):
@@ -144,7 +159,51 @@ def _median_s(loaded: Loaded, call: Callable[[], None], repeats: int) -> float:
         call()
         _synchronize(loaded)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return times
+
+
+def _weight_bytes(loaded: Loaded) -> int:
+    """What one decoded token reads: every weight but the rows of an embedding that is no head as well."""
+    model = loaded.model
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and embedding.weight.data_ptr() != head.weight.data_ptr():
+        total -= embedding.weight.numel() * embedding.weight.element_size()
+    return total
+
+
+def _measure_edge(wanted: dict[str, Any]) -> dict[str, Any]:
+    """A package in its runtime, by the same keys; this process only waits."""
+    from pathlib import Path
+
+    from tuneutils.shared.artifact import load_manifest
+    from tuneutils.shared.engines.client import EngineProcess
+
+    folder = Path(wanted["path"])
+    manifest = load_manifest(folder)
+    edge, metrics = manifest["edge"], manifest["metrics"]
+    rows = []
+    with EngineProcess(edge["engine"], folder / edge["model"]) as engine:
+        for prompt in wanted["prompts"]:
+            for batch in wanted["batches"]:
+                found = engine.ask(
+                    "speed", prompt=prompt, batch=batch, tokens=wanted["tokens"], repeats=wanted["repeats"],
+                    seed=wanted["seed"], vocabulary=engine.vocabulary,
+                )  # fmt: skip
+                rows.append(rates(prompt, batch, found["prefill_s"], found["prefill_s"], found["step_s"]))
+        peak = engine.ask("memory")["peak_rss_bytes"]
+        info = engine.info
+    return {
+        "load_s": info["load_s"],
+        **{k: v for k, v in rows[0].items() if k not in ("prompt", "batch")},
+        "weight_bytes": metrics["weight_bytes"],
+        "peak_rss_bytes": peak,
+        "threads": info["threads"],
+        "device": "cpu",
+        "engine": f"{info['engine']} {info['version']}",
+        "repeats": wanted["repeats"],
+        "speed": rows,
+    }
 
 
 def _synchronize(loaded: Loaded) -> None:
@@ -152,13 +211,6 @@ def _synchronize(loaded: Loaded) -> None:
         import torch
 
         torch.cuda.synchronize(loaded.device)
-
-
-def _peak_rss_bytes() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _main() -> int:

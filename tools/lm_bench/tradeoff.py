@@ -14,6 +14,7 @@ from tuneutils.tools.lm_bench.report import Report, forgetting, to_csv
 COSTS = {
     "trainable_parameters": "trainable parameters",
     "bytes": "bytes on disk",
+    "bits_per_weight": "bits a weight",
     "forgetting": "forgetting on general text (bits per byte)",
 }
 RUN_COSTS = {
@@ -61,6 +62,7 @@ def points(
             "quality_high": found["high"],
             "trainable_parameters": info.get("trainable_parameters"),
             "bytes": info.get("bytes"),
+            "bits_per_weight": info.get("bits_per_weight"),
             "forgetting": lost.get("value"),
             "forgetting_low": lost.get("low"),
             "forgetting_high": lost.get("high"),
@@ -85,6 +87,35 @@ def pareto(rows: Sequence[Mapping[str, Any]], cost: str, better: str | None) -> 
         if not any(b[0] <= a[0] and b[1] <= a[1] and (b[0] < a[0] or b[1] < a[1]) for b in known)
     ]
     return [label for _, _, label in sorted(kept)]
+
+
+def choice(report: Report, quality: tuple[str, str]) -> dict[str, Any]:
+    """The models whose quality is within 1 % of the original's, and the smallest of them.
+
+    The original is the baseline; without one, the best model.
+    """
+    better = metric(report["tasks"][quality[0]]["kind"], quality[1]).better
+    rows = points(report, quality)
+    best = next((r for r in rows if r["label"] == report["baseline"]), None)
+    if best is None:
+        best = min(rows, key=lambda r: -r["quality"] if better == "higher" else r["quality"])
+    limit = best["quality"] * (0.99 if better == "higher" else 1.01)
+    near = [r for r in rows if (r["quality"] >= limit if better == "higher" else r["quality"] <= limit)]
+    sized = [r for r in near if r["bytes"] is not None]
+    smallest = min(sized, key=lambda r: r["bytes"])["label"] if sized else None
+    return {"best": best["label"], "within": [r["label"] for r in near], "smallest": smallest}
+
+
+def choice_line(report: Report, runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """``smallest within 1 % of base: q8, fastest within 1 %: q8``; speed comes from the run logs."""
+    found = report["choice"]
+    speeds = {n: runs.get(n, {}).get("decode_tokens_per_s") for n in found["within"]}
+    known = {n: s for n, s in speeds.items() if s is not None}
+    fastest = max(known, key=lambda n: known[n]) if known else "not measured"
+    return (
+        f"{report['quality']}: smallest within 1 % of {found['best']}: {found['smallest']}, "
+        f"fastest within 1 %: {fastest}"
+    )
 
 
 def fronts(report: Report, quality: tuple[str, str], rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
