@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class TopKCache:
     Attributes:
         ids, logprobs: ``(tokens, k)``.
         tail: ``(tokens,)``.
-        starts: where each example's tokens begin, and the end of all.
+        spans: for each example asked about, by its index, where its tokens are.
         folder: where it is kept.
         reused: it was there already.
     """
@@ -43,13 +43,13 @@ class TopKCache:
     ids: Tensor
     logprobs: Tensor
     tail: Tensor
-    starts: list[int]
+    spans: dict[int, slice]
     folder: Path
     reused: bool
 
     def rows(self, examples: Sequence[int], where: torch.device) -> TopK:
         """The teacher of a batch of examples, in the batch's order."""
-        spans = [slice(self.starts[i], self.starts[i + 1]) for i in examples if i < len(self.starts) - 1]
+        spans = [self.spans[i] for i in examples]
         parts = [torch.cat([t[s] for s in spans]).to(where) for t in (self.ids, self.logprobs, self.tail)]
         return TopK(parts[0].long(), parts[1], parts[2])
 
@@ -58,7 +58,7 @@ def open_cache(
     parent: Path,
     identity: dict[str, Any],
     model: Callable[[], nn.Module],
-    examples: Sequence[Encoded],
+    examples: Mapping[int, Encoded],
     *,
     k: int,
     temperature: float,
@@ -72,12 +72,13 @@ def open_cache(
         parent: the folder of all caches; one cache is a folder named by ``identity``.
         identity: all that decides the numbers besides ``k``, temperature and examples.
         model: gives the teacher; not called when the cache is there.
+        examples: by the index that :meth:`TopKCache.rows` is asked for.
 
     Raises:
         ToolError: (65) a file differs from the hash that was written beside it; (73) no room to write.
     """
     digest = hashlib.sha256()
-    for example in examples:
+    for example in examples.values():
         digest.update(repr((example.input_ids, example.labels)).encode())
     identity = {**identity, "k": k, "temperature": temperature, "examples": digest.hexdigest()}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -87,7 +88,8 @@ def open_cache(
         temporary = parent / f".{name}.{os.getpid()}.tmp"
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            _write(temporary, identity, model(), examples, k, temperature, pad_id, batch_tokens, progress)
+            asked = list(examples.values())
+            _write(temporary, identity, model(), asked, k, temperature, pad_id, batch_tokens, progress)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         except OSError as exc:
@@ -97,17 +99,19 @@ def open_cache(
     return _read(folder, examples, reused)
 
 
-def _read(folder: Path, examples: Sequence[Encoded], reused: bool) -> TopKCache:
+def _read(folder: Path, examples: Mapping[int, Encoded], reused: bool) -> TopKCache:
     from safetensors.torch import load_file
 
     expected = json.loads((folder / INDEX).read_text(encoding="utf-8"))["sha256"]
     if sha256_file(folder / FILE) != expected:
         raise ToolError(f"{folder / FILE}: differs from its hash in {INDEX}; remove the folder")
     tensors = load_file(folder / FILE)
-    starts = [0]
-    for example in examples:
-        starts.append(starts[-1] + example.learnt)
-    return TopKCache(tensors["ids"], tensors["logprobs"], tensors["tail"], starts, folder, reused)
+    spans: dict[int, slice] = {}
+    start = 0
+    for index, example in examples.items():
+        spans[index] = slice(start, start + example.learnt)
+        start += example.learnt
+    return TopKCache(tensors["ids"], tensors["logprobs"], tensors["tail"], spans, folder, reused)
 
 
 @torch.inference_mode()

@@ -19,7 +19,13 @@ from tuneutils.tools.distill.data import Examples, Stream, encode_stream, open_s
 from tuneutils.tools.distill.judge import held_out_sets, judge, load_baseline
 from tuneutils.tools.distill.params import Params
 from tuneutils.tools.distill.plan import check_options, shape_of
-from tuneutils.tools.distill.settings import log_event, progress_callback, resume_point, training_config
+from tuneutils.tools.distill.settings import (
+    log_event,
+    progress_callback,
+    resume_point,
+    taken,
+    training_config,
+)
 from tuneutils.tools.distill.setup import Setup, load, prepare, teacher_identity
 
 
@@ -102,7 +108,7 @@ def _sampling(setup: Setup, tokenizer: Any) -> Any:
 
 def _student(setup: Setup, art: Artifact, teacher: Any, examples: Examples) -> tuple[Any, list[int]]:
     """The student in float32, and the teacher layer that each of its layers is matched with."""
-    from tuneutils.tools.distill.students import influential_layers, make_student, matched_layers
+    from tuneutils.shared.narrowing import influential_layers, make_student, matched_layers
 
     run = setup.run
     params = run.params
@@ -134,7 +140,7 @@ def _student(setup: Setup, art: Artifact, teacher: Any, examples: Examples) -> t
 def _importance(setup: Setup, teacher: Any, examples: Examples, channels: bool) -> Any:
     import torch
 
-    from tuneutils.tools.distill.importance import measure_importance
+    from tuneutils.shared.importance import measure_importance
 
     stream = [token for example in examples.student for token in example.input_ids]
     length = min(setup.limit, len(stream))
@@ -216,7 +222,8 @@ def _lesson(
     lesson.collate = Collator(setup.teacher_tokenizer.pad_token_id)
     lesson.teacher_examples = examples.teacher
     if params.top_k:
-        asked = examples.teacher or examples.student
+        every = examples.teacher or examples.student
+        asked = {i: every[i] for i in taken(setup.run, [len(e) for e in examples.student])}
         with setup.run.progress(len(asked), "asking the teacher", "examples") as bar:
             lesson.cache = open_cache(
                 Path(params.cache) if params.cache else art.work.parent / "teacher-logits",

@@ -24,8 +24,8 @@ def judge(
     sets: dict[str, list[Encoded]],
 ) -> None:
     """Compare teacher, student and baseline on each set of records; speed goes to the run log."""
+    from tuneutils.shared.speed_up import speed_up
     from tuneutils.tools.distill.report import describe, finite, one_line
-    from tuneutils.tools.distill.speed import speed_up
 
     run = setup.run
     params = run.params

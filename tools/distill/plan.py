@@ -9,14 +9,14 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.models import ModelRef, load_config, parameter_counts, resolve
-from tuneutils.tools.distill.params import Params
-from tuneutils.tools.distill.students import (
+from tuneutils.shared.narrowing import (
     Shape,
     check_sizes,
     parse_layers,
     student_config,
     uniform_layers,
 )
+from tuneutils.tools.distill.params import Params
 
 
 def check_options(params: Params) -> tuple[ModelRef, ModelRef | None]:

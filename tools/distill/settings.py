@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,34 @@ from tuneutils.shared.device import resolve_device
 from tuneutils.tools.distill.params import Params
 
 
+def steps_of(params: Params, examples: int) -> int:
+    """Optimizer steps of a run."""
+    per_epoch = math.ceil(examples / (params.batch_size * params.gradient_accumulation))
+    return params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
+
+
+def taken(run: Run[Params], lengths: Sequence[int]) -> list[int]:
+    """Indices of the examples that the run's steps take, ascending: the trainer's own order, cut off."""
+    from tuneutils.shared.training import BucketSampler
+
+    size = run.params.batch_size * run.params.gradient_accumulation
+    steps = steps_of(run.params, len(lengths))
+    sampler = BucketSampler(lengths, size, run.seed)
+    found: set[int] = set()
+    for epoch in range(math.ceil(steps * size / len(lengths)) + 1):
+        left = steps - epoch * math.ceil(len(lengths) / size)
+        sampler.set_epoch(epoch)
+        found.update(list(sampler)[: max(0, left) * size])
+    return sorted(found)
+
+
 def training_config(run: Run[Params], folder: Path, dtype: Any, examples: int, where: Any) -> Any:
     """TRL's SFTConfig; its data preparation is off, since examples come encoded."""
     import torch
     from trl import SFTConfig
 
     params = run.params
-    per_epoch = math.ceil(examples / (params.batch_size * params.gradient_accumulation))
-    steps = params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
+    steps = steps_of(params, examples)
     use_cpu = where.type == "cpu"
     return SFTConfig(
         output_dir=str(folder),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import Result, build_tiny_model, tiny_records, write_jsonl
+from support import Result, build_tiny_model, tiny_records, tiny_tokenizer, write_jsonl
 
 from tuneutils.shared.errors import ExitCode
 from tuneutils.shared.training import MarkComplete
@@ -130,6 +130,19 @@ def test_the_cache_is_found_again_and_checked(distill: Distill, records: Path, w
     broken = distill(*common, output="four")
     assert broken.code == ExitCode.BAD_DATA
     assert "differs from its hash" in broken.error
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_the_cache_holds_what_the_steps_take(
+    steps: int, distill: Distill, records: Path, workdir: Path
+) -> None:
+    args = ("--top-k", 384, "--max-steps", steps, "--batch-size", 3)
+    assert distill(records, *CUT, *args, output="cached").code == 0
+    assert distill(records, *CUT, "--max-steps", steps, "--batch-size", 3, output="live").code == 0
+    assert losses(workdir / "cached") == pytest.approx(losses(workdir / "live"), rel=1e-3)
+    (folder,) = (workdir / ".work" / "teacher-logits").iterdir()
+    learnt = manifest(workdir / "cached")["metrics"]["learnt_tokens"]
+    assert (len(load_file(folder / "top_k.safetensors")["tail"]) == learnt) == (steps >= 4)
 
 
 def test_two_caches_have_the_same_bytes(distill: Distill, records: Path, workdir: Path) -> None:
@@ -317,8 +330,8 @@ def test_a_teacher_of_another_vocabulary_needs_uld(
         (("--student", "TEACHER", *CUT), ExitCode.USAGE, "--student-layers would cut it"),
         (("--keep-layers", "0", *CUT), ExitCode.USAGE, "leave --student-layers out"),
         (("--student-layers", "5"), ExitCode.USAGE, "--student-layers 5: the teacher has 4"),
-        (("--student-hidden-size", "33"), ExitCode.USAGE, "--student-hidden-size 33: the teacher has 32"),
-        (("--student-kv-heads", "3"), ExitCode.USAGE, "--student-kv-heads 3: the teacher has 2"),
+        (("--student-hidden-size", "33"), ExitCode.USAGE, "33 hidden size: the teacher has 32"),
+        (("--student-kv-heads", "3"), ExitCode.USAGE, "3 key and value heads: the teacher has 2"),
         ((*CUT, "--temperature", "0"), ExitCode.USAGE, "must be above 0"),
         ((*CUT, "--loss", "ce", "--top-k", "4"), ExitCode.USAGE, "--loss ce learns from labels alone"),
         ((*CUT, "--loss", "uld", "--hidden-weight", "1"), ExitCode.USAGE, "cannot be matched"),
@@ -390,3 +403,27 @@ def test_dry_run_counts_both(distill: Distill, records: Path, teacher: Path) -> 
     done = distill(records, *CUT, "--student-hidden-size", 24, "--max-steps", 1)
     assert done.code == 0
     assert shown["student_parameters"] == sum(t.numel() for t in weights(Path("out")).values())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--keep-layers", "1-2"], {"num_hidden_layers": 2}),
+        (["--student-layers", "3", "--layer-importance", "block-influence"], {"num_hidden_layers": 3}),
+        (
+            ["--student-hidden-size", "24", "--student-intermediate-size", "40", "--student-kv-heads", "1"],
+            {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "head_dim": 8},
+        ),
+    ],
+)
+def test_what_is_written_loads_anywhere(
+    args: list[str], expected: dict[str, int], distill: Distill, records: Path, workdir: Path
+) -> None:
+    done = distill(records, *args, "--max-steps", 1)
+    assert done.code == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(workdir / "out")
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    prompt = tiny_tokenizer()("Measure", return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=5, do_sample=False, use_cache=True)
+    again = model.generate(**prompt, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert made.tolist() == again.tolist()

@@ -1,4 +1,4 @@
-"""How much faster the student is; goes to the run log, since it depends on clock and machine."""
+"""How much faster a smaller model is; belongs in the run log, since it depends on clock and machine."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ NEW_TOKENS = 16
 REPEATS = 5
 
 
-def speed_up(teacher: Any, student: Any, pad_id: int) -> dict[str, Any]:
-    """Teacher's time over the student's for one forward pass and for greedy decoding, run in turns.
+def speed_up(original: Any, smaller: Any, pad_id: int) -> dict[str, Any]:
+    """The original's time over the smaller model's for a forward pass and greedy decoding, run in turns.
 
     Returns:
         For each a ratio with its interval over paired repeats, and tokens/s of both.
     """
-    vocabulary = student.config.get_text_config().vocab_size
+    vocabulary = smaller.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
     made: dict[str, Any] = {}
     for what, tokens in (("prefill", PROMPT_TOKENS), ("decode", NEW_TOKENS)):
         times: list[list[float]] = [[], []]
         for repeat in range(REPEATS + 1):  # the first one warms up
-            for model, kept in zip((teacher, student), times, strict=True):
+            for model, kept in zip((original, smaller), times, strict=True):
                 started = time.perf_counter()
                 _work(model, ids, what, pad_id)
                 if repeat:
                     kept.append(time.perf_counter() - started)
         made[what] = {
             "speed_up": ratio_estimate(times[0], times[1]).as_json(),
-            "teacher_tokens_per_s": tokens * REPEATS / sum(times[0]),
-            "student_tokens_per_s": tokens * REPEATS / sum(times[1]),
+            "original_tokens_per_s": tokens * REPEATS / sum(times[0]),
+            "smaller_tokens_per_s": tokens * REPEATS / sum(times[1]),
         }
     return made
 

@@ -1,4 +1,4 @@
-"""A student made of a teacher's weights: fewer layers, or narrower ones.
+"""A smaller model made of a larger one's weights: fewer layers, or narrower ones.
 
 The weights that stay are sliced out and loaded into a fresh model of the smaller config, so that layer
 indices (which the key-value cache goes by) and tied weights are right by construction.
@@ -18,8 +18,8 @@ import torch  # isort: skip
 from torch import Tensor  # isort: skip
 
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.importance import Importance
 from tuneutils.shared.layerwise import decoder_of
-from tuneutils.tools.distill.importance import Importance
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,11 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match:
-            raise ToolError(f"--keep-layers {text}: {part!r} is no layer or range", code=ExitCode.USAGE)
+            raise ToolError(f"layers {text!r}: {part!r} is no layer or range", code=ExitCode.USAGE)
         first, last = int(match[1]), int(match[2] or match[1])
         made += range(first, last + 1)
     if not made or any(a >= b for a, b in pairwise(made)) or made[-1] >= count:
-        raise ToolError(
-            f"--keep-layers {text}: must ascend, from 0 to {count - 1} at most", code=ExitCode.USAGE
-        )
+        raise ToolError(f"layers {text!r}: must ascend, from 0 to {count - 1} at most", code=ExitCode.USAGE)
     return tuple(made)
 
 
@@ -92,18 +90,18 @@ def check_sizes(config: Any, shape: Shape) -> None:
     """
     text = config.get_text_config()
     limits = (
-        ("--student-hidden-size", shape.hidden, text.hidden_size),
-        ("--student-intermediate-size", shape.intermediate, getattr(text, "intermediate_size", None)),
-        ("--student-kv-heads", shape.kv_heads, getattr(text, "num_key_value_heads", None)),
-        ("--student-layers", len(shape.layers) if shape.layers is not None else None, text.num_hidden_layers),
+        ("hidden size", shape.hidden, text.hidden_size),
+        ("intermediate size", shape.intermediate, getattr(text, "intermediate_size", None)),
+        ("key and value heads", shape.kv_heads, getattr(text, "num_key_value_heads", None)),
+        ("layers", len(shape.layers) if shape.layers is not None else None, text.num_hidden_layers),
     )
     for name, wanted, there in limits:
         if wanted is None:
             continue
         if there is None:
-            raise ToolError(f"{name}: a {text.model_type} config has no such size", code=ExitCode.USAGE)
+            raise ToolError(f"{name}: a {text.model_type} config has no such entry", code=ExitCode.USAGE)
         if wanted > there:
-            raise ToolError(f"{name} {wanted}: the teacher has {there}", code=ExitCode.USAGE)
+            raise ToolError(f"{wanted} {name}: the teacher has {there}", code=ExitCode.USAGE)
 
 
 def student_config(config: Any, shape: Shape) -> Any:
@@ -204,7 +202,7 @@ class _Kept:
         if outputs is self.hidden and inputs is None:
             tensor = self._rescaled(tensor)
         if outputs is None and inputs is None and module not in ("q_norm", "k_norm"):
-            raise ToolError(f"narrowing knows no rule for {name}; cut layers instead (--student-layers)")
+            raise ToolError(f"narrowing knows no rule for {name}; cut layers instead")
         if outputs is not None:
             tensor = tensor.index_select(0, outputs.to(tensor.device))
         if inputs is not None and kind == "weight":
@@ -217,7 +215,8 @@ class _Kept:
         The mean square over the H' channels that stay is H / H' times that over all.
         """
         factor = (len(norm) / len(self.hidden)) ** 0.5
-        return (norm + 1) * factor - 1 if self.norm_plus_one else norm * factor
+        scaled: Tensor = (norm + 1) * factor - 1 if self.norm_plus_one else norm * factor
+        return scaled
 
     def _kept_of(self, module: str, layer: int | None) -> tuple[Tensor | None, Tensor | None]:
         """Kept outputs and inputs of a module."""
@@ -241,4 +240,5 @@ class _Kept:
 
 def _rows(groups: Tensor, size: int) -> Tensor:
     """Row indices of whole groups of ``size`` rows."""
-    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+    rows: Tensor = groups[:, None] * size + torch.arange(size, device=groups.device)
+    return rows.flatten()
