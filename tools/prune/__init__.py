@@ -1,0 +1,1 @@
+"""compress: remove weights, heads, channels or layers, with what each cost."""
