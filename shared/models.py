@@ -37,6 +37,12 @@ BNB_SCHEMES = {
     "fp4-double": ("fp4", True),
 }
 
+#: Formats of quantized weights: what ``config.json`` calls them → (package that reads them, our extra).
+STORED_FORMATS = {
+    "bitsandbytes": ("bitsandbytes", "quantize"),
+    "compressed-tensors": ("compressed_tensors", "quantize"),
+}
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -220,6 +226,9 @@ def load_base(
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    stored = stored_format(ref)
+    if stored in STORED_FORMATS:
+        require(*STORED_FORMATS[stored])
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if scheme is not None:
         kwargs["quantization_config"] = bnb_config(scheme, dtype)
@@ -235,11 +244,20 @@ def load_base(
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, SafetensorError) as exc:
         raise ToolError(f"{ref.given}: cannot load: {' '.join(str(exc).split())[:300]}") from exc
-    if scheme is not None:
+    if scheme is not None or stored == "bitsandbytes":
         keep_4bit_layout(model, everywhere=False)
     if missing := sorted(info["missing_keys"]):
         raise ToolError(f"{ref.given}: {len(missing)} weights are not in its files, such as {missing[0]}")
     return model.eval() if device.type == "cuda" else model.eval().to(device)
+
+
+def stored_format(ref: ModelRef) -> str | None:
+    """What a folder's ``config.json`` says its weights are quantized by; None for full precision."""
+    path = Path(ref.path) / "config.json"
+    if ref.kind != "folder" or not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
+    return str(config["quant_method"]) if "quant_method" in config else None
 
 
 def _gguf_kwargs(ref: ModelRef) -> dict[str, Any]:

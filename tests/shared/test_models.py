@@ -238,3 +238,20 @@ def test_parameters_are_counted_as_what_they_stand_for(tiny_model: Path) -> None
     pytest.importorskip("bitsandbytes")
     packed = load_model(str(tiny_model), dtype="float32", quantization="nf4").model.requires_grad_(False)
     assert parameter_counts(packed) == {"total": expected, "trainable": 0}
+
+
+@pytest.mark.parametrize(
+    ("method", "package"), [("bitsandbytes", "bitsandbytes"), ("compressed-tensors", "compressed_tensors")]
+)
+def test_quantized_weights_without_the_package_that_reads_them(
+    method: str, package: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else real(n, *a))
+    with pytest.raises(ToolError, match=rf"{package}.*pip install 'tuneutils\[quantize\]'") as caught:
+        load_model(str(base))
+    assert caught.value.code == 69
