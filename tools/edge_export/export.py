@@ -59,7 +59,6 @@ BUILDERS = {
     "gguf": ("llama.cpp", "gguf_target"),
     "onnx": ("onnxruntime-genai", "onnx_target"),
     "openvino": ("openvino-genai", "openvino_target"),
-    "executorch": ("executorch", "executorch_target"),
 }
 
 

@@ -14,7 +14,6 @@ SCHEMES = {
     ),
     "onnx": ("int4", "fp32", "int8"),
     "openvino": ("q8-0", "f16", "q4-0"),
-    "executorch": ("fp32",),
 }  # fmt: skip
 TARGETS = tuple(SCHEMES)
 
