@@ -35,6 +35,15 @@ def scores_of(artifact: Path, folder: Path, *extra: str) -> list[list[float]]:
     return [[r["score_chosen"], r["score_rejected"]] for r in lines]
 
 
+def test_automodel_takes_an_adapter_s_folder_too(trained: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(trained, num_labels=1).eval()
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.item() == pytest.approx(
+            plain_model(trained)(input_ids=ids).logits.item()
+        )
+
+
 def plain_model(artifact: Path) -> Any:
     """The artifact as any user of Transformers and PEFT loads it."""
     config = artifact / "adapter_config.json"
