@@ -61,6 +61,8 @@ def _check(params: GenerateParams) -> None:
     """Raises ToolError (2) for options that do not go together."""
     if len(params.model) > 2 or (len(params.model) == 2 and params.completions == 1):
         raise ToolError("-m: one model, or two for two completions", code=ExitCode.USAGE)
+    if params.limit is not None and not params.model:
+        raise ToolError("--limit is for prompts; --select takes some of the pairs", code=ExitCode.USAGE)
     if len(params.model) == 1 and params.completions == 2 and params.temperature == 0:
         raise ToolError("--temperature 0: one model gives the same answer twice", code=ExitCode.USAGE)
     if not params.model and params.select is None:
@@ -113,7 +115,7 @@ def _score_gap(row: Record) -> float:
 
 def _sampled(run: Run[GenerateParams], reader: Reader, dropped: Counter[str]) -> list[Record]:
     params = run.params
-    located = list(_with_prompts(reader))
+    located = list(_with_prompts(reader))[: params.limit]
     models = params.model if len(params.model) == params.completions else params.model * params.completions
     texts: list[list[str | None]] = [[] for _ in located]
     for side, name in enumerate(models):

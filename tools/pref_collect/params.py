@@ -150,6 +150,7 @@ class GenerateParams:
     top_p: float = option(1.0, help="Nucleus sampling.", min=0.01, max=1.0)
     max_new_tokens: int = option(256, help="Most tokens of a completion.", min=1)
     batch_size: int = option(8, help="Completions made at once.", min=1)
+    limit: int | None = option(None, help="Only the first prompts.", min=1)
     select: int | None = option(None, help="Keep this many pairs.", min=1)
     select_by: str = option(
         "rm",

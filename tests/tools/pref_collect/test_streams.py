@@ -271,6 +271,8 @@ class TestGenerate:
         assert {r["model_a"] for r in rows} == {str(tiny_model)}
         assert click_cli("pref-collect", *args, "-o", "two.jsonl").code == 0
         assert Path("one.jsonl").read_bytes() == Path("two.jsonl").read_bytes()
+        assert click_cli("pref-collect", *args, "--limit", "3", "-o", "few.jsonl").code == 0
+        assert {r["tag"] for r in read("few.jsonl")} <= {0, 1, 2}
 
     def test_one_of_each_of_two_models(
         self, workdir: Path, click_cli: Callable[..., Any], tiny_model: Path, other_tiny_model: Path
@@ -299,6 +301,8 @@ class TestGenerate:
         candidates_file(2)
         done = click_cli("pref-collect", "generate", "candidates.jsonl", "--select", "1")
         assert (done.code, "score_a" in done.error) == (65, True)
+        done = click_cli("pref-collect", "generate", "candidates.jsonl", "--select", "1", "--limit", "1")
+        assert (done.code, "--limit is for prompts" in done.error) == (2, True)
 
     def test_greedy_pairs_of_one_model_are_refused(
         self, workdir: Path, click_cli: Callable[..., Any], tiny_model: Path
