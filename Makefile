@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 repro: install
 	$(BIN)/python pipeline/profile.py $(PROFILE)
 	$(BIN)/dvc repro
-	@cat reports/tradeoff/report.md
+	@cat reports/tradeoff/report.md reports/rlhf/report.md
 
 # The page of pref-collect is tested in a real browser, Debian's; without one those tests are skipped by name.
 browser:
