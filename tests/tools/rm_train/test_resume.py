@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -49,3 +50,19 @@ def test_killed_runs_end_in_the_same_bytes(
     assert resumed.code == 0, resumed.stderr
     assert "going on from step" in resumed.stderr
     assert contents(workdir / "out") == expected
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tiny_model: Path, records: Path, workdir: Path) -> None:
+    common = ("records.jsonl", "-m", str(tiny_model), "--learning-rate", "0.005", "--epochs", "2", *CPU, "-q")
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617")
+    module = ("-m", "tuneutils.tools.rm_train.cli")
+    one = run_cli(*module, *common, "-o", "one", "--batch-size", "6", cwd=workdir)
+    two = run_cli(*launch, *module, *common, "-o", "two", "--batch-size", "3", cwd=workdir)
+    assert (one.code, two.code) == (0, 0), two.stderr
+    logs = [
+        [json.loads(line) for line in (workdir / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for key in ("loss", "grad_norm"):
+        assert [e[key] for e in logs[0]] == pytest.approx([e[key] for e in logs[1]], rel=1e-4)
