@@ -98,7 +98,8 @@ def export(run: Run[Params]) -> dict[str, Any]:
         _companions(art, weights.folder, built)
         _chat(art, tokenizer, weights)
         found = _check(run, art, built, given, records, environment)
-        _describe(art, ref.manifest, params.target, scheme, built, found)
+        _describe(art, ref.manifest, params.target, scheme, built, _parameters(weights))
+        art.metrics.update({k: v for k, v in found.items() if k != "first_unlike"})
         least, most = parity.limits(bits_of(scheme))
         parity.check_gate(
             found,
@@ -106,7 +107,7 @@ def export(run: Run[Params]) -> dict[str, Any]:
             most if params.max_kl is None else params.max_kl,
             found.pop("first_unlike", None),
         )
-    _log(run, built, found)
+    _log(run, built, art.metrics)
     return {"output": run.output, "target": params.target, "scheme": scheme, **art.metrics}
 
 
@@ -160,19 +161,25 @@ def _check(
     return {**parity.metrics(items, run.seed), "tokenized_alike": alike, "first_unlike": first}
 
 
-def _describe(
-    art: Artifact, source: Any, target: str, scheme: str, built: Built, found: dict[str, Any]
-) -> None:
-    size = sum(p.stat().st_size for p in art.dir.rglob("*") if p.is_file())
+def _parameters(weights: Any) -> int:
+    """Of the source; tied ones once."""
+    skeleton = weights.skeleton()
+    tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
+    named = skeleton.named_parameters(remove_duplicate=False)
+    return sum(p.numel() for name, p in named if name not in tied)
+
+
+def _describe(art: Artifact, source: Any, target: str, scheme: str, built: Built, parameters: int) -> None:
+    """Sizes, and where it all comes from. Bits are per parameter of the source, so that a copy counts."""
     art.licence, art.source = source.get("licence"), source.get("source")
     art.extra["edge"] = {"target": target, "scheme": scheme, "engine": built.engine, "model": built.model}
+    weights = sum(row["bytes"] for row in built.types.types.values())
     art.metrics.update(
-        bytes=size,
-        parameters=built.types.parameters,
-        bits_per_weight=float(f"{built.types.bits_per_weight:.6g}"),
+        bytes=sum(p.stat().st_size for p in art.dir.rglob("*") if p.is_file()),
+        parameters=parameters,
+        bits_per_weight=float(f"{8 * weights / parameters:.6g}"),
         weight_bytes=built.types.read_bytes,
         tensor_types=built.types.types,
-        **{k: v for k, v in found.items() if k != "first_unlike"},
     )
 
 
@@ -180,7 +187,7 @@ def _log(run: Run[Params], built: Built, found: dict[str, Any]) -> None:
     run.log.info(
         "%s: %.3f bits a weight (%s); agreement %.4f, KL %.4g nats a token in %s",
         run.output,
-        built.types.bits_per_weight,
+        found["bits_per_weight"],
         ", ".join(f"{name} {row['parameters']:,}" for name, row in built.types.types.items()),
         found["agreement"]["value"],
         found["kl"]["value"],

@@ -253,15 +253,11 @@ class TensorTypes:
     """What a weights file really holds.
 
     Attributes:
-        types: name of the type → its tensors, parameters and bytes.
-        parameters: of all tensors.
-        bits_per_weight: of all tensors, block scales included.
+        types: name of the type → its tensors, parameters and bytes, block scales included.
         read_bytes: what one decoded token reads: all but an embedding that is no head as well.
     """
 
     types: dict[str, dict[str, int]]
-    parameters: int
-    bits_per_weight: float
     read_bytes: int
 
 
@@ -277,9 +273,8 @@ def tensor_types(found: Iterable[tuple[str, int, int]], looked_up: int = 0) -> T
         row["tensors"] += 1
         row["parameters"] += parameters
         row["bytes"] += size
-    parameters = sum(r["parameters"] for r in types.values())
     size = sum(r["bytes"] for r in types.values())
-    return TensorTypes(dict(sorted(types.items())), parameters, 8 * size / parameters, size - looked_up)
+    return TensorTypes(dict(sorted(types.items())), size - looked_up)
 
 
 def gguf_tensor_types(path: Path) -> TensorTypes:
