@@ -37,6 +37,7 @@ CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 # The search over scales tries ranges down to this share of the whole, in so many steps.
 SMALLEST_RANGE = 0.5
 RANGE_STEPS = 12
+SEARCHED_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def grouped(weight: Tensor, grid: Grid) -> Tensor:
     """
     if not grid.fits(weight.shape[1]):
         raise ValueError(f"{weight.shape[1]} columns are no multiple of the group size {grid.group_size}")
-    return weight.view(len(weight), -1, grid.group_size or weight.shape[1])
+    return weight.reshape(len(weight), -1, grid.group_size or weight.shape[1])
 
 
 def fit(weight: Tensor, grid: Grid, *, search: bool = False, importance: Tensor | None = None) -> Scales:
@@ -98,12 +99,24 @@ def fit(weight: Tensor, grid: Grid, *, search: bool = False, importance: Tensor 
         importance: ``(columns,)`` non-negative weights of that error, such as the mean square of a layer's
             inputs; ones by default.
     """
-    blocks = grouped(weight.float(), grid)
-    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    best = _range_scales(low, high, grid)
     if not search:
-        return best
+        return _range_scales(*_ranges(grouped(weight.float(), grid)), grid)
     weights = None if importance is None else grouped(importance.float()[None], grid)
+    # A few rows at a time, so that they stay in the processor's cache.
+    rows = max(1, SEARCHED_ELEMENTS // weight.shape[1])
+    found = [_search(grouped(part.float(), grid), grid, weights) for part in weight.split(rows)]
+    return Scales(torch.cat([s.scale for s in found]), torch.cat([s.zero for s in found]))
+
+
+def _ranges(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each group, 0 included."""
+    return blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+
+
+def _search(blocks: Tensor, grid: Grid, weights: Tensor | None) -> Scales:
+    """The scales of the least squared error of each group, among shares of its range."""
+    low, high = _ranges(blocks)
+    best = _range_scales(low, high, grid)
     least = _group_error(blocks, best, grid, weights)
     for share in _range_shares(grid):
         tried = _range_scales(low * share, high * share, grid)

@@ -33,35 +33,36 @@ def gptq(
     """
     work = weight.float().T.contiguous()  # a column of W is a contiguous row
     power = gram.diagonal().clone()
-    dead = power == 0
-    work[dead] = 0
+    work[power == 0] = 0
     scales = fit(work.T, grid, search=True, importance=power)
     columns, group_size = len(work), grid.group_size or len(work)
     order = power.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    groups = (order.to(scales.scale.device) // group_size).tolist()
-    inverse = inverse_factor(gram[order][:, order], damping)
-    work = work[order]
+    factor = inverse_factor(gram[order][:, order], damping)
+    work, groups = work[order], (order // group_size).tolist()
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
+    steps, zeros, offsets = scale.unbind(), zero.unbind(), (-scale * zero).unbind()
+    diagonal, lower = factor.diagonal().tolist(), factor.T.contiguous()
     codes = torch.empty_like(work)
     for start in range(0, columns, LAZY_BLOCK):
         end = min(start + LAZY_BLOCK, columns)
         errors = torch.empty_like(work[start:end])
         for first in range(start, end, INNER_BLOCK):
             last = min(first + INNER_BLOCK, end)
+            done = errors[first - start : last - start]
             for i in range(first, last):
-                s, z = scale[groups[i]], zero[groups[i]]
-                code = torch.div(work[i], s, out=codes[i]).add_(z).round_().clamp_(grid.low, grid.high)
-                error = errors[i - start]
+                # What the columns before this one in the inner block owe it.
+                column = torch.addmv(work[i], done[: i - first].T, lower[i, first:i], alpha=-1)
+                step, group = steps[groups[i]], groups[i]
+                code = torch.addcdiv(zeros[group], column, step, out=codes[i])
+                code.round_().clamp_(grid.low, grid.high)
                 # Equation 2: the error of this column over the diagonal of the inverse's factor.
-                torch.sub(work[i], (code - z).mul_(s), out=error).div_(float(inverse[i, i]))
-                if i + 1 < last:
-                    work[i + 1 : last].addr_(inverse[i, i + 1 : last], error, alpha=-1)
+                torch.sub(column, torch.addcmul(offsets[group], code, step), out=done[i - first])
+                done[i - first].mul_(1 / diagonal[i])
             if last < end:
-                done = errors[first - start : last - start]
-                work[last:end].addmm_(inverse[first:last, last:end].T, done, alpha=-1)
+                work[last:end].addmm_(lower[last:end, first:last], done, alpha=-1)
         if end < columns:
             # Equation 4: the whole block's errors on everything behind it.
-            work[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
+            work[end:].addmm_(lower[end:, start:end], errors, alpha=-1)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.T.contiguous().to(torch.int8), scales

@@ -356,6 +356,10 @@ def _log(run: Run[Params], art: Artifact, seconds: float) -> None:
     )
     art.work.mkdir(parents=True, exist_ok=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = {"seconds": round(seconds, 2), "peak_rss_bytes": peak}
+    line = {
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(time.process_time(), 2),
+        "peak_rss_bytes": peak,
+    }
     with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
