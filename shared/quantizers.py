@@ -104,7 +104,7 @@ def fit(weight: Tensor, grid: Grid, *, search: bool = False, importance: Tensor 
     weights = None if importance is None else grouped(importance.float()[None], grid)
     # A few rows at a time, so that they stay in the processor's cache.
     rows = max(1, SEARCHED_ELEMENTS // weight.shape[1])
-    found = [_search(grouped(part.float(), grid), grid, weights) for part in weight.split(rows)]
+    found = [_search(grouped(part.float(), grid), grid, weights) for part in torch.split(weight, rows)]
     return Scales(torch.cat([s.scale for s in found]), torch.cat([s.zero for s in found]))
 
 
