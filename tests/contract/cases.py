@@ -182,6 +182,21 @@ CASES = [
         ],
         paths=("--heldout",),
     ),
+    Case(
+        "prune",
+        lambda a: [a.stream("text")],
+        lambda a: [
+            "-m",
+            a.model,
+            "--heldout",
+            a.stream("messages"),
+            *("--calibration-rows", "2", "--calibration-length", "16", "--no-speed"),
+            *CPU,
+        ],
+        reads="text",
+        paths=("-m", "--heldout"),
+        stdin=True,
+    ),
     Case("model-card", lambda a: [a.artifact]),
     Case("pref-collect report", lambda a: [votes(a)]),
     Case(

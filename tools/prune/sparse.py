@@ -78,10 +78,10 @@ def lowest(scores: Tensor, sparsity: float, pattern: Pattern) -> Tensor:
     """Mask of the lowest scores ``(out, in)`` of each row, or of each group; of equals the earlier goes."""
     if pattern.group:
         groups = scores.unflatten(-1, (-1, pattern.group))
-        order = groups.argsort(-1, stable=True)[..., : pattern.group - pattern.keep]
+        order = groups.argsort(dim=-1, stable=True)[..., : pattern.group - pattern.keep]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(-2)
     count = int(sparsity * scores.shape[-1])
-    order = scores.argsort(-1, stable=True)[..., :count]
+    order = scores.argsort(dim=-1, stable=True)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
