@@ -3,80 +3,145 @@
     python -m venv peer && peer/bin/pip install trl==1.12.0 torch transformers peft datasets
     python benchmarks/ppo_step.py --model artifacts/base --prompts prompts.jsonl --peer-python peer/bin/python
 
-Each task is a process of its own with the same model, prompts, response length, batch, epochs, micro-batch:
-policy, reward model and value model of one size, the value model from the reward model. The first update
-of each is a warm-up. ``rollout``, ``scoring`` and ``update`` are seconds of one update.
+Each task is a process of its own, in turn, with the same model, prompts, response length, batch and epochs;
+medians of --repeats. The reward model has the policy's size. The value model starts from the reward model, of
+full weights or with an adapter of its own as the policy; ``+head`` tasks have a value head on the policy
+instead, which TRL has not. The first update of each is a warm-up. ``rollout``, ``scoring`` and ``update``
+are seconds of one update; a share is what the phase needs (products; for the rollout, weights read)
+over its time and this machine's rate, measured at the start of each run.
+
+Peak is the highest resident size of the process, growth that above the size with all models loaded. CPU s is
+the processor time of one update, whose ratio other work on the machine disturbs less. TRL runs with the
+fastest of TRL_SETTINGS, which one shorter run each chooses (or --best).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TASKS = ("ppo-run:lora", "trl:lora", "ppo-run:full", "trl:full")
+TASKS = ("ppo-run:lora", "ppo-run:lora+head", "trl:lora", "ppo-run:full", "ppo-run:full+head", "trl:full")
+#: Of TRL: what is held in bfloat16 (always trained in float32), rows of a forward pass, of a rollout.
+TRL_SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {"frozen": "float32", "micro": 8, "rollout": 8},
+    "bf16-frozen": {"frozen": "bfloat16", "micro": 8, "rollout": 32},
+    "bf16-frozen+micro-4": {"frozen": "bfloat16", "micro": 4, "rollout": 32},
+    "bf16-frozen+micro-16": {"frozen": "bfloat16", "micro": 16, "rollout": 32},
+    "bf16-frozen+value-adapter": {"frozen": "bfloat16", "micro": 8, "rollout": 32, "value": "lora"},
+}
+PHASES = ("rollout_s", "scoring_s", "update_s")
+SHARES = ("rollout_bandwidth_share", "scoring_flops_share", "update_flops_share")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--peer-python", required=True, help="interpreter of the environment with TRL 1.12.0")
-    parser.add_argument("--task", help="only this one, in this process")
+    parser.add_argument("--model", default="artifacts/base")
+    parser.add_argument("--prompts", required=True, help="JSONL with a prompt a line")
+    parser.add_argument("--peer-python", help="interpreter of the environment with TRL 1.12.0")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--work", help="where the reward model and outputs go")
-    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--best", nargs="+", default=[], help="TRL's best settings, as lora=NAME full=NAME")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="of ppo-run")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--response-length", type=int, default=32)
+    parser.add_argument("--response-length", type=int, default=53)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--out", help="a JSON file for every run")
+    parser.add_argument("--work", help="where the reward model and outputs go")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", default="defaults", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     if args.task:
-        name, method = args.task.split(":")
-        found = ours(args, method) if name == "ppo-run" else peer(args, method)
-        found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        engine, method = args.task.split(":")
+        found = ours(args, method) if engine == "ppo-run" else peer(args, method)
         print(json.dumps({"task": args.task, **found}))
         return
     args.work = args.work or tempfile.mkdtemp()
     make_reward_model(args)
-    rows = [measured(args, task) for task in args.tasks]
-    print("| task | samples/s | rollout s | scoring s | update s | peak GiB |\n|---|---|---|---|---|---|")
-    for row in rows:
-        parts = (f"{row[k]:.2f}" if k in row else "" for k in ("rollout_s", "scoring_s", "update_s"))
-        peak = row["peak_rss_bytes"] / 2**30
-        print(f"| {row['task']} | {row['samples_per_s']:.2f} | {' | '.join(parts)} | {peak:.2f} |")
-    by_task = {row["task"]: row for row in rows}
+    best = dict(pair.split("=") for pair in args.best)
     for method in ("lora", "full"):
-        a, b = by_task.get(f"ppo-run:{method}"), by_task.get(f"trl:{method}")
-        if a and b:
-            speed, memory = (a[k] / b[k] for k in ("samples_per_s", "peak_rss_bytes"))
-            print(f"{method}: {speed:.2f} times the samples/s, {memory:.2f} times the peak memory")
+        if f"trl:{method}" in args.tasks and method not in best:
+            best[method] = search(args, method)
+    runs: list[dict[str, Any]] = []
+    for _ in range(args.repeats):
+        for task in args.tasks:
+            runs.append(measured(args, task, best.get(task.split(":")[1], "defaults")))
+            if args.out:
+                Path(args.out).write_text(json.dumps({"best": best, "runs": runs}, indent=1) + "\n")
+    report(runs, best)
 
 
-def measured(args: argparse.Namespace, task: str) -> dict[str, Any]:
+def report(runs: list[dict[str, Any]], best: dict[str, str]) -> None:
+    rows = {}
+    for task in dict.fromkeys(run["task"] for run in runs):
+        of_task = [run for run in runs if run["task"] == task]
+        rows[task] = {
+            k: statistics.median(r[k] for r in of_task)
+            for k, v in of_task[0].items()
+            if isinstance(v, (int, float))
+        }
+    print(f"TRL's settings: {best}; medians of {len(runs) // len(rows)}")
+    print("| task | samples/s | samples/CPU s | rollout s | scoring s | update s | peak GiB | growth GiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for task, row in rows.items():
+        phases = []
+        for phase, share in zip(PHASES, SHARES, strict=True):
+            phases.append(f"{row[phase]:.1f}" + (f" ({row[share]:.0%})" if share in row else ""))
+        rates = f"{row['samples_per_s']:.2f} | {row['samples_per_cpu_s']:.2f}"
+        peak, growth = (row[k] / 2**30 for k in ("peak_bytes", "growth_bytes"))
+        print(f"| {task} | {rates} | {' | '.join(phases)} | {peak:.2f} | {growth:.2f} |")
+    for task, row in rows.items():
+        other = rows.get(f"trl:{task.split(':')[1].removesuffix('+head')}")
+        if task.startswith("ppo-run") and other:
+            keys = ("samples_per_s", "samples_per_cpu_s", "peak_bytes", "growth_bytes")
+            speed, cpu, peak, growth = (row[k] / other[k] for k in keys)
+            print(
+                f"{task}: {speed:.2f} times TRL's samples/s, {cpu:.2f} times its samples/CPU s, "
+                f"{peak:.2f} times its peak, {growth:.2f} times its growth"
+            )
+
+
+def search(args: argparse.Namespace, method: str) -> str:
+    """TRL's fastest setting, by a shorter run each."""
+    found: dict[str, float] = {}
+    for name, setting in TRL_SETTINGS.items():
+        if setting.get("value") == "lora" and method != "lora":
+            continue
+        short = argparse.Namespace(**{**vars(args), "batch_size": 16, "epochs": 2})
+        try:
+            found[name] = measured(short, f"trl:{method}", name)["samples_per_cpu_s"]
+        except subprocess.CalledProcessError as exc:
+            print(f"TRL fails with {name}: {exc}", file=sys.stderr)
+    return max(found, key=found.__getitem__)
+
+
+def measured(args: argparse.Namespace, task: str, settings: str) -> dict[str, Any]:
     """Run one task in a process of its own."""
     python = args.peer_python if task.startswith("trl") else sys.executable
-    line = [python, __file__, "--task", task]
+    line = [python, __file__, "--task", task, "--settings", settings]
     for name, value in vars(args).items():
-        if name not in ("task", "tasks") and value is not None:
+        if name not in ("task", "tasks", "settings", "best", "out") and value is not None:
             line += [f"--{name.replace('_', '-')}", str(value)]
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "GOMP_SPINCOUNT": "0"}
     quiet = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(line, env={**os.environ, **threads, **quiet}, stdout=subprocess.PIPE, check=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(row, file=sys.stderr)
+    print({"settings": settings, **row}, file=sys.stderr, flush=True)
     return row
 
 
@@ -91,15 +156,59 @@ def make_reward_model(args: argparse.Namespace) -> None:
     AutoTokenizer.from_pretrained(args.model).save_pretrained(folder)
 
 
+def status_bytes(key: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+class Memory:
+    """Resident size when all models are loaded, and the peaks before and after."""
+
+    def loaded(self, *models: Any) -> None:
+        import torch
+
+        for model in models:
+            for tensor in model.state_dict().values():
+                tensor.view(torch.uint8).sum()
+        self.before = status_bytes("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")
+        self.base = status_bytes("VmRSS")
+
+    def found(self) -> dict[str, float]:
+        peak = status_bytes("VmHWM")
+        return {"peak_bytes": max(peak, self.before), "growth_bytes": peak - self.base}
+
+
 def ours(args: argparse.Namespace, method: str) -> dict[str, float]:
+    """The command itself, watched for the memory that training starts from and for CPU time."""
+    from tuneutils.tools.ppo_run import train
     from tuneutils.tools.ppo_run.cli import main as ppo_run
 
+    memory, cpu_s = Memory(), []
+    prepare, one_update = train.prepare, train.one_update
+
+    def watched(*given: Any, **named: Any) -> Any:
+        setting = prepare(*given, **named)
+        memory.loaded(setting.actors.policy)
+        return setting
+
+    def clocked(*given: Any, **named: Any) -> Any:
+        start = time.process_time()
+        made = one_update(*given, **named)
+        cpu_s.append(time.process_time() - start)
+        return made
+
+    train.prepare, train.one_update = watched, clocked
+    name, _, head = method.partition("+")
     out = Path(args.work) / f"out-{method}"
     line = ["-q", "-m", args.model, "-r", f"{args.work}/rm", args.prompts, "-o", str(out), "--force"]
-    line += ["--method", method, "--dtype", args.dtype, "--device", "cpu", "--updates", str(args.updates)]
+    line += ["--method", name, "--dtype", args.dtype, "--device", "cpu", "--updates", str(args.updates)]
     line += ["--batch-size", str(args.batch_size), "--micro-batch-size", str(args.micro_batch_size)]
     line += ["--ppo-epochs", str(args.epochs), "--max-new-tokens", str(args.response_length)]
-    line += ["--checkpoint-every", "0", "--samples-every", "0"]
+    line += ["--value", "policy" if head else "reward", "--checkpoint-every", "0", "--samples-every", "0"]
     try:
         ppo_run(line)
     except SystemExit as done:
@@ -107,23 +216,34 @@ def ours(args: argparse.Namespace, method: str) -> dict[str, float]:
             raise
     log = Path(args.work) / ".work" / out.name / "run.jsonl"
     events = [json.loads(text) for text in log.read_text().splitlines()]
-    timed = [e for e in events if e["event"] == "update"][-(args.updates - 1) :]
-    made = {k: sum(e[k] for e in timed) / len(timed) for k in ("rollout_s", "scoring_s", "update_s")}
-    return {"samples_per_s": args.batch_size / sum(made.values()), **made}
+    timed = [e for e in events if e["event"] == "update"][1 - args.updates :]
+    means = {k: statistics.mean(e[k] for e in timed) for k in (*PHASES, *SHARES)}
+    return {
+        **rates(args, sum(means[k] for k in PHASES), statistics.mean(cpu_s[1:])),
+        **means,
+        **memory.found(),
+    }
+
+
+def rates(args: argparse.Namespace, seconds: float, cpu_s: float) -> dict[str, float]:
+    return {"samples_per_s": args.batch_size / seconds, "samples_per_cpu_s": args.batch_size / cpu_s}
 
 
 def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
-    """TRL with its own defaults, on the same token ids; its rollout and update are not timed apart."""
+    """TRL on the same token ids, with one of the settings and its defaults otherwise."""
+    import torch
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         AutoTokenizer,
         TrainerCallback,
     )
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+    setting = TRL_SETTINGS[args.settings]
+    frozen, wide = getattr(torch, setting["frozen"]), torch.float32
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     prompts = [json.loads(line)["prompt"] for line in Path(args.prompts).read_text().splitlines()]
     ids = [
@@ -132,21 +252,49 @@ def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
         )["input_ids"]
         for p in prompts
     ]
-    policy = AutoModelForCausalLM.from_pretrained(args.model)
-    reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(f"{args.work}/rm", num_labels=1) for _ in range(2)
-    )
-    ends: list[float] = []
+    adapter: dict[str, Any] = {"r": 16, "lora_alpha": 32}
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    def scorer(dtype: Any) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(
+            f"{args.work}/rm", num_labels=1, dtype=dtype
+        )
+
+    lora = method == "lora"
+    policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=frozen if lora else wide)
+    reference = None if lora else AutoModelForCausalLM.from_pretrained(args.model, dtype=frozen)
+    reward = scorer(frozen)
+    if setting.get("value") == "lora":
+        config = LoraConfig(**adapter, target_modules=linear, modules_to_save=["score"])
+        value = get_peft_model(scorer(frozen), config)
+    else:
+        value = scorer(wide)
+    memory, marks = Memory(), [("start", 0.0, 0.0)]
+    memory.loaded(*(m for m in (policy, reference, reward, value) if m is not None))
+
+    def mark(name: str) -> None:
+        marks.append((name, time.monotonic(), time.process_time()))
+
+    def marking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            made = function(*given, **named)
+            mark(name)
+            return made
+
+        return call
+
+    ppo_trainer.batch_generation = marking(ppo_trainer.batch_generation, "rollout_s")
+    ppo_trainer.masked_whiten = marking(ppo_trainer.masked_whiten, "scoring_s")  # the last of scoring
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.monotonic())
+            mark("update_s")
 
     config = PPOConfig(
         output_dir=f"{args.work}/trl",
-        per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.batch_size // args.micro_batch_size,
-        local_rollout_forward_batch_size=args.micro_batch_size,
+        per_device_train_batch_size=setting["micro"],
+        gradient_accumulation_steps=args.batch_size // setting["micro"],
+        local_rollout_forward_batch_size=min(setting["rollout"], args.batch_size),
         num_ppo_epochs=args.epochs,
         num_mini_batches=1,
         total_episodes=args.batch_size * args.updates,
@@ -164,19 +312,22 @@ def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
         args=config,
         processing_class=tokenizer,
         model=policy,
-        ref_model=None if method == "lora" else AutoModelForCausalLM.from_pretrained(args.model),
+        ref_model=reference,
         reward_model=reward,
         value_model=value,
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         eval_dataset=Dataset.from_dict({"input_ids": ids[: args.batch_size]}),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-        if method == "lora"
-        else None,
+        peft_config=LoraConfig(**adapter, target_modules="all-linear") if lora else None,
         callbacks=[Clock()],
     )
     trainer.train()
-    seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    return {"samples_per_s": args.batch_size / seconds}
+    ends = [i for i, (name, _, _) in enumerate(marks) if name == "update_s"]
+    timed = marks[ends[0] :]  # the first update is a warm-up
+    made = dict.fromkeys(PHASES, 0.0)
+    for before, after in itertools.pairwise(timed):
+        made[after[0]] += (after[1] - before[1]) / (len(ends) - 1)
+    cpu_s = (timed[-1][2] - timed[0][2]) / (len(ends) - 1)
+    return {**rates(args, sum(made.values()), cpu_s), **made, **memory.found()}
 
 
 if __name__ == "__main__":

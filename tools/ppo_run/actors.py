@@ -226,7 +226,7 @@ def build_actors(
     value = _value(params, policy, reward_model, where)
     frozen = None
     if params.method == "full":
-        if dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and params.algo == "ppo":  # its kin train by another optimiser
             trunk = value.trunk.parameters() if isinstance(value, TrunkValue) else ()
             narrow([*policy.parameters(), *trunk])
         frozen = copy.deepcopy(policy).requires_grad_(False)

@@ -106,7 +106,7 @@ def make_probe(run: Run[Params], setting: Setting) -> Probe:
     params = run.params
     count = min(EPISODES, params.batch_size)
     chosen = next_prompts(setting.prompts, 0, count, run.seed)
-    episodes, scores = collect(
+    episodes, scores, _ = collect(
         setting.actors,
         setting.reward,
         chosen,

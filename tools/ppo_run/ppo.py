@@ -43,6 +43,7 @@ from tuneutils.tools.ppo_run.rollout import (
     next_prompts,
     score,
     stream_seed,
+    trim_heap,
 )
 
 
@@ -78,10 +79,10 @@ def one_update(
     params, update = run.params, progress.update
     chosen = next_prompts(prompts, progress.episodes, params.batch_size, run.seed)
     started = time.monotonic()
-    episodes, scores = collect(
+    episodes, scores, reward_s = collect(
         actors, reward, chosen, how, processes, stream_seed(run.seed, SAMPLING, update)
     )
-    collected = time.monotonic()
+    collected = time.monotonic() - reward_s
     lengths = [len(e.prompt.ids) + len(e.response_ids) for e in episodes]
     passes = [
         minibatch_rows(
@@ -91,6 +92,7 @@ def one_update(
     ]
     old = score(actors, episodes, [rows for step in passes[0] for rows in step], processes)
     scored = time.monotonic()
+    trim_heap()
 
     finished = torch.tensor([e.finished for e in episodes])
     penalised = with_missing_eos(scores, finished, params.missing_eos, params.missing_eos_penalty)

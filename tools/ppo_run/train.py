@@ -45,6 +45,7 @@ from tuneutils.tools.ppo_run.prompts import Prompt, Source, open_source, read_pr
 from tuneutils.tools.ppo_run.reward_model import RewardModel, load_reward_model
 from tuneutils.tools.ppo_run.rewards import Reward, kind_of, reward_input, text_reward
 from tuneutils.tools.ppo_run.rollout import HELDOUT, Generation, collect, minibatch_rows, score, stream_seed
+from tuneutils.tools.ppo_run.speed import measure, shares
 
 CONSTANT_BATCHES = 3
 
@@ -174,12 +175,18 @@ def learn(run: Run[Params], art: Artifact, setting: Setting) -> Progress:
         progress.before = evaluate(run, setting)
         run.log.info("held-out reward before: %.4f", mean(progress.before["rewards"]))
     warned: dict[str, int] = {}
+    with out_of_memory_named(params):
+        rates = measure(actors.policy, actors.dtype) if actors.where.type == "cpu" else None
     with run.progress(params.updates, "ppo", "updates") as bar:
         bar.update(progress.update)
         while progress.update < params.updates and progress.stopped is None:
             with out_of_memory_named(params):
                 line, episodes, scores = one_update(
                     run, actors, optimizer, setting.reward, setting.prompts, setting.how, processes, progress
+                )
+            if rates is not None and "update_s" in progress.seconds:
+                progress.seconds |= shares(
+                    rates, actors, setting.reward, params, episodes, progress.seconds, processes.size
                 )
             progress.log.append(line)
             progress.stopped = line.get("stopped")
@@ -243,7 +250,7 @@ def evaluate(run: Run[Params], setting: Setting) -> dict[str, Any]:
     """Held-out rewards, sequence KLs and lengths, one a prompt; every call draws from the same seeds."""
     params, processes = run.params, setting.processes
     with out_of_memory_named(params):
-        episodes, scores = collect(
+        episodes, scores, _ = collect(
             setting.actors,
             setting.reward,
             setting.heldout,
