@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	$(BIN)/edge-export runtime || echo "no llama.cpp: its tests and packages will be left out"
 	touch $(STAMP)
 
 # The whole pipeline; PROFILE is default, smoke (every stage, a few steps) or full (for GPUs).
