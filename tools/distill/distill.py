@@ -165,6 +165,8 @@ def _train(
     if run.params.freeze_embeddings:
         student.get_input_embeddings().requires_grad_(False)
         student.get_output_embeddings().requires_grad_(False)
+    if run.params.keep_zeros:
+        _hold_zeros(student)
     lesson = _lesson(setup, art, teacher, student, pairs, examples)
     checkpoints = art.work / "checkpoints"
     trainer = DistillTrainer(
@@ -203,6 +205,14 @@ def _train(
         steps=trainer.state.global_step,
         final_loss=next((e["loss"] for e in reversed(lines) if "loss" in e), None),
     )
+
+
+def _hold_zeros(student: Any) -> None:
+    """Give weights that are zero no gradient: Adam's moments, and so the weights, then stay zero."""
+    for parameter in student.parameters():
+        held = parameter == 0
+        if held.any() and parameter.requires_grad:
+            parameter.register_hook(lambda grad, held=held: grad.masked_fill(held, 0))
 
 
 def _lesson(

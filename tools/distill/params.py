@@ -76,6 +76,9 @@ class Params:
         choices=("auto", "chat", "none"),
     )
     freeze_embeddings: bool = option(False, help="Keep the student's embeddings as they are.")
+    keep_zeros: bool = option(
+        False, help="Weights that are zero stay so: a pruned student keeps its pattern."
+    )
     schedule: str = option(
         "cosine", help="Learning rate over time.", choices=("cosine", "linear", "constant")
     )

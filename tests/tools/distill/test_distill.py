@@ -274,6 +274,24 @@ def test_capabilities_are_files_and_filters(distill: Distill, texts: Path, workd
     assert {"heldout", "capability-chat", "teacher"} <= {i["role"] for i in shown["inputs"]}
 
 
+def test_a_pruned_student_keeps_its_pattern_if_asked(
+    distill: Distill, records: Path, workdir: Path, teacher: Path
+) -> None:
+    sparse = build_tiny_model(workdir / "sparse", seed=4)
+    tensors = weights(sparse)
+    for name in tensors:
+        if "_proj" in name:  # two of four
+            tensors[name].view(-1, 4)[:, :2] = 0
+    save_file(tensors, sparse / "model.safetensors", metadata={"format": "pt"})
+    common = [records, "--student", sparse, "--max-steps", 4, "--weight-decay", "0.1", "--hidden-weight", 1]
+    for args, expected in (((), False), (("--keep-zeros",), True)):
+        done = distill(*common, *args, "--force")
+        assert done.code == 0, done.stderr
+        after = {n: t for n, t in weights(workdir / "out").items() if "_proj" in n}
+        assert all((t.view(-1, 4)[:, :2] == 0).all() for t in after.values()) == expected
+        assert all((t.view(-1, 4)[:, 2:] != tensors[n].view(-1, 4)[:, 2:]).any() for n, t in after.items())
+
+
 def test_an_adapter_is_a_teacher(distill: Distill, records: Path, workdir: Path, teacher: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
