@@ -13,6 +13,7 @@ from typing import Any
 from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
+from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.methods import apply_method, learning_rate, settle_adapter_config
 from tuneutils.shared.models import ModelRef, load_tokenizer, model_input, parameter_counts
 from tuneutils.tools.rm_train.normalise import measured_on, open_demonstrations
@@ -46,7 +47,7 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         run.log.setLevel("ERROR")
     base = check_options(params)
     source = open_source(run, run.inputs, "records")
-    evals = {name: open_source(run, [path], "eval") for name, path in named(params.eval).items()}
+    evals = {name: open_source(run, [path], role) for name, (role, path) in named(params.eval).items()}
     demonstrations = open_demonstrations(run)
     inputs = [model_input(params.model), *source.inputs]
     inputs += [i for s in (*evals.values(), demonstrations) if s is not None for i in s.inputs]
@@ -71,14 +72,22 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
     return {"output": run.output, "metrics": art.metrics}
 
 
-def named(given: Sequence[str]) -> dict[str, str]:
-    """``[NAME=]FILE`` by name; a file without one is called ``eval``, ``eval-2``, …"""
-    made: dict[str, str] = {}
+def named(given: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """``[NAME=]FILE`` → name → role among the inputs and file; one without a name is ``eval``, ``eval-2``, …
+
+    Raises:
+        ToolError: two have one name (2).
+    """
+    made: dict[str, tuple[str, str]] = {}
     for entry in given:
         name, equals, path = entry.partition("=")
         if not equals or "/" in name:
             name, path = "eval" if "eval" not in made else f"eval-{len(made) + 1}", entry
-        made[name] = path
+        if name in ("train", *made):
+            raise ToolError(
+                f"--eval {entry}: the name {name!r} is taken; choose another", code=ExitCode.USAGE
+            )
+        made[name] = (name if name.startswith("eval") else f"eval-{name}", path)
     return made
 
 

@@ -226,6 +226,7 @@ class TestFaults:
             (("--method", "houlsby"), "cannot be merged"),
             (("--method", "prompt"), "cannot be merged"),
             (("--method", "qlora"), "full precision"),
+            (("--eval", "a=records.jsonl", "--eval", "a=records.jsonl"), "the name 'a' is taken"),
             (("--method", "full", "--merge"), "nothing to merge"),
             (("--method", "lorra"), "did you mean 'lora'"),
         ],
