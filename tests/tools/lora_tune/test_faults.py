@@ -56,7 +56,7 @@ def test_an_unknown_key_of_a_params_file(tune: Tune, records: Path, workdir: Pat
 GOOD = json.dumps(tiny_records("prompt-completion")[0])
 LONG = json.dumps({"prompt": "Tell all.", "completion": " ".join(PROVERBS)})
 BAD_LINES: dict[str, tuple[bytes, str]] = {
-    "kind": (b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "needs the fields"),
+    "kind": (b'{"src": "a", "tgt": "b", "src_lang": "en", "tgt_lang": "de"}', "needs the fields"),
     "cut off": (b'{"prompt": "a", "completio', "the line seems cut off"),
     "not UTF-8": (b'{"prompt": "\xff", "completion": "a"}', "not UTF-8: byte 0xff"),
     "missing field": (b'{"prompt": "a", "complet": "b"}', "field 'complet' (did you mean 'completion'?)"),
