@@ -33,6 +33,7 @@ from tuneutils.tools.ppo_run.compare_params import CompareParams
 from tuneutils.tools.ppo_run.comparison import Answers, Compared
 from tuneutils.tools.ppo_run.prompts import Prompt, open_source, read_prompts
 from tuneutils.tools.ppo_run.reward_model import check_same_tokenizer, load_reward_model
+from tuneutils.tools.ppo_run.reward_text import check_same_template
 from tuneutils.tools.ppo_run.rewards import Episode, Reward, kind_of, reward_input, text_reward
 from tuneutils.tools.ppo_run.rollout import HELDOUT, stream_seed
 
@@ -212,6 +213,7 @@ def _reward(run: Run[CompareParams], spec: str, tokenizer: Any) -> Reward:
     params = run.params
     if kind_of(spec) != "model":
         return text_reward(spec, timeout_s=params.reward_timeout, retries=params.reward_retries)
+    check_same_template(spec, params.template, tokenizer)
     where = resolve_device(run.device)
     return load_reward_model(
         spec,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tuneutils.shared.artifact import write_json
 from tuneutils.shared.evaluate import Estimate, paired_difference, ratio_estimate
@@ -121,11 +122,19 @@ def best_of_n(scores: dict[str, list[list[float]]], seed: int) -> list[Report]:
         row: Report = {"n": n, "kl": math.log(n) - (n - 1) / n}
         for name, values in scores.items():
             best = [
-                float(weights @ np.asarray(of)[np.argsort(by, kind="stable")])
+                float(weights @ _worth(np.asarray(by), np.asarray(of)))
                 for of, by in zip(values, picked_by, strict=True)
             ]
             row[name] = ratio_estimate(best, seed=seed).as_json()
         made.append(row)
+    return made
+
+
+def _worth(picked_by: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values in the order of the scores that pick; equals share the mean of theirs."""
+    order = np.argsort(picked_by, kind="stable")
+    _, group = np.unique(picked_by[order], return_inverse=True)
+    made: NDArray[np.float64] = (np.bincount(group, values[order]) / np.bincount(group))[group]
     return made
 
 

@@ -31,6 +31,13 @@ ONLY_PPO = {
     "whiten_rewards": False,
     "save_value": False,
     "gamma": 1.0,
+    "gae_lambda": 0.95,
+    "whiten_advantages": True,
+    "kl_horizon": 10_000,
+    "value": "auto",
+    "value_clip_range": 0.2,
+    "value_coef": 0.1,
+    "value_learning_rate": None,
 }
 
 
@@ -147,6 +154,8 @@ def _config(run: Run[Params], art: Artifact, processes: Processes, actors: Any) 
 
     params = run.params
     kind = trl.RLOOConfig if params.algo == "rloo" else trl.GRPOConfig
+    # TRL's own default is DAPO's normalisation, over the tokens of the batch.
+    loss = {"loss_type": "grpo"} if params.algo == "grpo" else {}
     micro_steps = params.batch_size // (params.micro_batch_size * processes.size)
     return kind(
         output_dir=str(art.work / params.algo),
@@ -176,4 +185,5 @@ def _config(run: Run[Params], art: Artifact, processes: Processes, actors: Any) 
         use_cpu=actors.where.type == "cpu",
         report_to=[],
         disable_tqdm=True,
+        **loss,
     )

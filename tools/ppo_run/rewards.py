@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import re
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from tuneutils.tools.ppo_run.prompts import Prompt
 
 TextFunction = Callable[[list[str], list[str]], Sequence[float]]
 MAX_REPLY_BYTES = 64 << 20
+TOKEN = "TUNEUTILS_REWARD_TOKEN"
 POSITIVE = frozenset(
     (
         "good",
@@ -91,6 +94,12 @@ def reward_input(spec: str) -> list[Input]:
         _builtin(spec)
         return []
     if kind == "http":
+        if urllib.parse.urlsplit(spec).username is not None:
+            raise ToolError(
+                "--reward: a URL with a password would be recorded; put the secret in the environment as "
+                f"{TOKEN}, sent as a bearer token",
+                code=ExitCode.USAGE,
+            )
         return [Input("reward", spec, "")]
     if kind == "function":
         _function(spec)
@@ -116,7 +125,7 @@ class TextReward:
             scores = self.function(prompts, [e.completion for e in episodes])
         except (ToolError, MemoryError):
             raise
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             raise ToolError(f"--reward {self.name}: raised {type(exc).__name__}: {exc}") from exc
         return checked(episodes, scores)
 
@@ -192,12 +201,13 @@ def _builtin(spec: str) -> TextFunction:
             f"--reward {spec}: no such reward{nearest(name, BUILTIN)}; there are {', '.join(BUILTIN)}",
             code=ExitCode.USAGE,
         )
+    text = ":".join(rest)
     try:
-        number = float(rest[0]) if rest else None
+        number = float(text) if rest else None
     except ValueError as exc:
-        raise ToolError(f"--reward {spec}: {rest[0]!r} is no number", code=ExitCode.USAGE) from exc
-    if number is not None and not number > 0:
-        raise ToolError(f"--reward {spec}: the number must be positive", code=ExitCode.USAGE)
+        raise ToolError(f"--reward {spec}: {text!r} is no number", code=ExitCode.USAGE) from exc
+    if number is not None and not 0 < number < math.inf:
+        raise ToolError(f"--reward {spec}: the number must be positive and finite", code=ExitCode.USAGE)
     return BUILTIN[name](number)
 
 
@@ -213,6 +223,8 @@ def _function(spec: str) -> TextFunction:
         raise ToolError(
             f"--reward {spec}: no module {exc.name!r} here or installed", code=ExitCode.MISSING_INPUT
         ) from exc
+    except (Exception, SystemExit) as exc:
+        raise ToolError(f"--reward {spec}: importing it raised {type(exc).__name__}: {exc}") from exc
     function = getattr(module, name, None)
     if not callable(function):
         raise ToolError(
@@ -255,9 +267,15 @@ class Endpoint:
         )
 
     def _post(self, body: bytes) -> Sequence[float]:
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        if token := os.environ.get(TOKEN):
+            headers["Authorization"] = f"Bearer {token}"
+        request = urllib.request.Request(self.url, body, headers)
         with urllib.request.urlopen(request, timeout=self.timeout_s) as reply:
             raw = reply.read(MAX_REPLY_BYTES)
+            promised = int(reply.headers.get("Content-Length") or 0)
+        if len(raw) < min(promised, MAX_REPLY_BYTES):
+            raise ConnectionError(f"the answer broke off after {len(raw)} of {promised} bytes")
         try:
             answer = json.loads(raw)
         except ValueError as exc:

@@ -43,6 +43,7 @@ from tuneutils.tools.ppo_run.ppo import make_optimizer, one_update
 from tuneutils.tools.ppo_run.processes import Processes
 from tuneutils.tools.ppo_run.prompts import Prompt, Source, open_source, read_prompts
 from tuneutils.tools.ppo_run.reward_model import RewardModel, load_reward_model
+from tuneutils.tools.ppo_run.reward_text import check_same_template
 from tuneutils.tools.ppo_run.rewards import Reward, kind_of, reward_input, text_reward
 from tuneutils.tools.ppo_run.rollout import HELDOUT, Generation, collect, minibatch_rows, score, stream_seed
 from tuneutils.tools.ppo_run.speed import measure, shares
@@ -125,6 +126,7 @@ def prepare(
     contexts = [context_length(base, trust_remote_code=params.trust_remote_code)]
     reward_model: RewardModel | None = None
     if kind_of(params.reward) == "model":
+        check_same_template(params.reward, params.template, tokenizer)
         contexts.append(context_length(resolve(params.reward), trust_remote_code=params.trust_remote_code))
         reward_model = load_reward_model(
             params.reward,
@@ -201,7 +203,8 @@ def learn(run: Run[Params], art: Artifact, setting: Setting) -> Progress:
                     f"the reward of every completion was {line['reward']:g} in {CONSTANT_BATCHES} batches: "
                     "there is nothing to learn from; try: ppo-run doctor with the same options"
                 )
-            bar.update(1, reward=f"{line['reward']:.3f}", kl=f"{line['kl']:.2f}")
+            shown = ("reward", "kl", "entropy", "length", "clip_fraction", "explained_variance")
+            bar.update(1, **{k: f"{line[k]:.3g}" for k in shown if line.get(k) is not None})
             last = progress.update == params.updates or progress.stopped is not None
             if setting.heldout and (last or _due(params.eval_every, progress.update)):
                 _evaluate_and_keep(run, setting, progress, folder)
@@ -276,13 +279,18 @@ def _evaluate_and_keep(run: Run[Params], setting: Setting, progress: Progress, f
     reward, kl = mean(found["rewards"]), mean(found["kl"])
     progress.log[-1] |= {"heldout_reward": reward, "heldout_kl": kl}
     run.log.info("update %d: held-out reward %.4f, KL %.3f", progress.update, reward, kl)
-    within = params.kl_budget is None or kl <= params.kl_budget
-    better = progress.best is None or (within and reward > mean(progress.best["rewards"]))
+    # Within the budget beats beyond it; then the higher reward.
+    better = progress.best is None or _rank(params, found) > _rank(params, progress.best)
     if params.keep == "last" or better:
         progress.best = found
         if params.keep == "best" and setting.processes.rank == 0:
             save_file(trainable_tensors(setting.actors), best_file(folder, progress.update))
         setting.processes.together_raw(None)
+
+
+def _rank(params: Params, found: dict[str, Any]) -> tuple[bool, float]:
+    within = params.kl_budget is None or mean(found["kl"]) <= params.kl_budget
+    return within, mean(found["rewards"])
 
 
 def mean(values: list[float]) -> float:

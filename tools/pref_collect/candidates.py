@@ -78,7 +78,8 @@ def candidate_of(record: Record) -> Candidate:
     fields = pair or (("completion",) if "completion" in record else ())
     if "prompt" not in record or not fields:
         wanted = "prompt+completion_a+completion_b, prompt+chosen+rejected or prompt+completion"
-        hint = "".join(nearest(k, ("prompt", "completion_a", "completion_b")) for k in record)
+        names = ("prompt", "completion_a", "completion_b")
+        hint = "".join(nearest(k, names) for k in record if k not in names)
         raise ValueError(f"needs the fields {wanted}; has {', '.join(sorted(record)) or 'none'}{hint}")
     for name in ("prompt", *fields):
         _check_text(name, record[name])

@@ -47,7 +47,8 @@ class TrainParams:
     )
     margin_scale: float = option(
         1.0,
-        help="Factor of the field margin, which the difference of scores must exceed; 0 ignores it.",
+        help="Factor of the field margin, which the difference of scores must exceed where no votes are "
+        "learnt; 0 ignores it.",
         min=0,
     )
     soft_labels: bool = option(

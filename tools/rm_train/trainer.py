@@ -63,7 +63,9 @@ def rows_of(
         rows["chosen_ids"].append(pair.chosen.ids)
         rows["rejected_ids"].append(pair.rejected.ids)
         rows["target"].append(pair.target if soft_labels else hard)
-        rows["margin"].append(margin_scale * pair.margin)
+        # A share of votes says by itself how far apart the scores are, and a tie that they are not.
+        plain = hard != 0.5 and not (soft_labels and pair.has_share)
+        rows["margin"].append(margin_scale * pair.margin if plain else 0.0)
         rows["label"].append(0)
     for name, value in zip(rows, ([eos_id], [eos_id], 1.0, 0.0, IGNORE), strict=True):
         rows[name].append(value)

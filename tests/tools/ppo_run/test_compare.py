@@ -69,6 +69,12 @@ def test_best_of_n_counts_every_subset() -> None:
         assert row["kl"] == pytest.approx(math.log(row["n"]) - (row["n"] - 1) / row["n"])
 
 
+def test_equals_share_their_worth() -> None:
+    (one, _, _) = best_of_n({"reward": [[1.0] * 4], "gold": [[0.0, 0.0, 0.0, 4.0]]}, seed=0)
+    (*_, four) = best_of_n({"reward": [[1.0] * 4], "gold": [[0.0, 0.0, 0.0, 4.0]]}, seed=0)
+    assert one["gold"]["value"] == four["gold"]["value"] == 1.0
+
+
 def test_a_policy_equals_itself(compare: Compare, tiny_model: Path, workdir: Path) -> None:
     write_jsonl(workdir / "general.jsonl", [{"text": "a text of some words"}, {"text": "and one more"}])
     ok(compare(f"a={tiny_model}", f"b={tiny_model}", general="general.jsonl", gold="builtin:length"))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from tuneutils.tools.ppo_run.diagnose import DIAGNOSES, diagnose
 
 from .conftest import CPU, SMALL, log_of
-from .setup import params_of
+from .setup import build_reward_model, params_of
 
 
 def nothing_left(folder: Path) -> bool:
@@ -203,3 +203,53 @@ def test_dry_run_counts_without_loading(ppo: Callable[..., Result], prompts: Pat
     assert (shown["episodes"], shown["optimizer_steps"]) == (30, 15)
     assert (shown["learning_rate"], shown["value_learning_rate"]) == (pytest.approx(2e-5), 1e-4)
     assert nothing_left(workdir)
+
+
+@pytest.mark.parametrize("body", ["raise ValueError('no')", "def score(:", "raise SystemExit(3)"])
+def test_a_reward_that_cannot_be_imported_is_its_author_s(
+    body: str, ppo: Callable[..., Result], prompts: Path, workdir: Path
+) -> None:
+    name = f"broken_{abs(hash(body)) % 10**6}"
+    Path(f"{name}.py").write_text(body + "\n")
+    done = ppo(prompts, "-r", f"{name}:score")
+    assert done.code == 65
+    assert f"--reward {name}:score: importing it raised" in done.error
+
+
+@pytest.mark.parametrize("spec", ["builtin:length:inf", "builtin:length:5:7", "builtin:length:nan"])
+def test_a_number_that_is_none_is_refused(spec: str, ppo: Callable[..., Result], prompts: Path) -> None:
+    assert ppo(prompts, "-r", spec).code == 2
+
+
+def test_a_password_in_a_url_is_refused(ppo: Callable[..., Result], prompts: Path, workdir: Path) -> None:
+    done = ppo(prompts, "-r", "http://user:s3cret@127.0.0.1:9/x")
+    assert done.code == 2
+    assert "s3cret" not in done.stderr
+    assert nothing_left(workdir)
+
+
+def test_a_reward_model_of_another_template_is_refused(
+    ppo: Callable[..., Result], prompts: Path, tiny_model: Path
+) -> None:
+    folder = build_reward_model(Path("rm"), tiny_model)
+    manifest = {"schema": 1, "kind": "reward-model", "reward_text": {"template": "none"}}
+    (folder / "artifact.json").write_text(json.dumps(manifest))
+    done = ppo(prompts, "-r", folder, "--template", "chat")
+    assert done.code == 65
+    assert "was trained with --template none" in done.error
+
+
+@pytest.mark.parametrize("flag", ["--gae-lambda=0.1", "--value-coef=3", "--value=policy"])
+def test_kin_refuse_what_they_would_not_heed(flag: str, ppo: Callable[..., Result], prompts: Path) -> None:
+    done = ppo(prompts, "-r", "builtin:length", "--algo", "rloo", flag)
+    assert done.code == 2
+    assert "goes with --algo ppo alone" in done.error
+
+
+def test_weights_within_the_kl_budget_beat_those_beyond_it() -> None:
+    from tuneutils.tools.ppo_run.train import _rank
+
+    params = params_of(kl_budget=1.0)
+    beyond, within, better = ({"rewards": [r], "kl": [kl]} for r, kl in ((5.0, 9.0), (4.0, 0.5), (4.5, 0.9)))
+    assert _rank(params, beyond) < _rank(params, within) < _rank(params, better)
+    assert _rank(params_of(), within) < _rank(params_of(), beyond)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tuneutils.tools.rm_train.loss import bradley_terry
 from tuneutils.tools.rm_train.pairs import Pair
 from tuneutils.tools.rm_train.reward_model import load_classifier, start_head
 from tuneutils.tools.rm_train.texts import encode_text
-from tuneutils.tools.rm_train.trainer import PairTrainer
+from tuneutils.tools.rm_train.trainer import PairTrainer, rows_of
 
 from .conftest import preferences
 
@@ -149,3 +150,13 @@ def test_new_heads_have_no_bias_and_no_dropout(tiny_model: Path, tmp_path: Path)
     ids = torch.arange(10, 30)[None]
     assert made.score.bias is None
     assert torch.equal(made(input_ids=ids).logits, made(input_ids=ids).logits)
+
+
+def test_votes_stand_without_the_margin(tiny_model: Path) -> None:
+    """Both say how far apart the scores are: the optimum of a pair with votes is logit(share), margin or not."""
+    first, *_ = pairs_of(load_tokenizer(resolve(str(tiny_model))), 1)
+    voted = replace(first, margin=1.5, target=0.75, has_share=True)
+    stated = replace(first, margin=1.5)
+    tied = replace(first, margin=1.5, target=0.5)
+    assert rows_of([voted, stated, tied], 1.0, True, 2)["margin"][:3] == [0.0, 1.5, 0.0]
+    assert rows_of([voted], 1.0, False, 2)["margin"][:1] == [1.5]
