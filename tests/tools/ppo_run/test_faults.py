@@ -249,7 +249,7 @@ def test_kin_refuse_what_they_would_not_heed(flag: str, ppo: Callable[..., Resul
 def test_weights_within_the_kl_budget_beat_those_beyond_it() -> None:
     from tuneutils.tools.ppo_run.train import _rank
 
-    params = params_of(kl_budget=1.0)
+    params = params_of(Path("m"), kl_budget=1.0)
     beyond, within, better = ({"rewards": [r], "kl": [kl]} for r, kl in ((5.0, 9.0), (4.0, 0.5), (4.5, 0.9)))
     assert _rank(params, beyond) < _rank(params, within) < _rank(params, better)
-    assert _rank(params_of(), within) < _rank(params_of(), beyond)
+    assert _rank(params_of(Path("m")), within) < _rank(params_of(Path("m")), beyond)
