@@ -129,7 +129,8 @@ class TestLabels:
         found = read(tiny_model, [pair("a", margin=2, strength=0.7), pair("b", strength=0.5)]).pairs
         assert rows_of(found, 0.5, True, 3)["target"] == [0.7, 0.5, 1.0]
         assert rows_of(found, 0.5, False, 3)["target"] == [1.0, 0.5, 1.0]
-        assert rows_of(found, 0.5, True, 3)["margin"] == [1.0, 0.0, 0.0]
+        assert rows_of(found, 0.5, False, 3)["margin"] == [1.0, 0.0, 0.0]
+        assert rows_of(found, 0.5, True, 3)["margin"] == [0.0, 0.0, 0.0]  # the share says it already
 
 
 class TestImplicitPrompts:
