@@ -1,7 +1,9 @@
-"""PPO updates a second and peak memory, beside TRL 1.12.0's PPOTrainer (its last), in one run.
+"""PPO updates a second and peak memory, beside TRL 1.12.0's PPOTrainer (its last) and ms-swift's, in one run.
 
     python -m venv peer && peer/bin/pip install trl==1.12.0 torch transformers peft datasets
-    python benchmarks/ppo_step.py --model artifacts/base --prompts prompts.jsonl --peer-python peer/bin/python
+    python -m venv swift && swift/bin/pip install ms-swift==4.6.0 torch
+    python benchmarks/ppo_step.py --model artifacts/base --prompts prompts.jsonl \\
+        --peer-python peer/bin/python --swift-python swift/bin/python
 
 Each task is a process of its own, in turn, with the same model, prompts, response length, batch and epochs;
 medians of --repeats. The reward model has the policy's size. The value model starts from the reward model, of
@@ -12,7 +14,8 @@ over its time and this machine's rate, measured at the start of each run.
 
 Peak is the highest resident size of the process, growth that above the size with all models loaded. CPU s is
 the processor time of one update, whose ratio other work on the machine disturbs less. TRL runs with the
-fastest of TRL_SETTINGS, which one shorter run each chooses (or --best).
+fastest of TRL_SETTINGS, which one shorter run each chooses (or --best). ms-swift, whose PPO is that of the
+TRL below 1.0 that it needs, runs with its defaults and TRL's best rows.
 """
 
 from __future__ import annotations
@@ -26,16 +29,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 TASKS = ("ppo-run:lora", "ppo-run:lora+head", "trl:lora", "ppo-run:full", "ppo-run:full+head", "trl:full")
+SWIFT_TASKS = ("swift:lora", "swift:full")
 #: Of TRL: what is held in bfloat16 (always trained in float32), rows of a forward pass, of a rollout.
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {"frozen": "float32", "micro": 8, "rollout": 8},
     "bf16-frozen": {"frozen": "bfloat16", "micro": 8, "rollout": 32},
-    "bf16-frozen+micro-4": {"frozen": "bfloat16", "micro": 4, "rollout": 32},
     "bf16-frozen+micro-16": {"frozen": "bfloat16", "micro": 16, "rollout": 32},
     "bf16-frozen+value-adapter": {"frozen": "bfloat16", "micro": 8, "rollout": 32, "value": "lora"},
 }
@@ -48,12 +50,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="artifacts/base")
     parser.add_argument("--prompts", required=True, help="JSONL with a prompt a line")
     parser.add_argument("--peer-python", help="interpreter of the environment with TRL 1.12.0")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--swift-python", help="interpreter of the environment with ms-swift 4.6.0")
+    parser.add_argument("--tasks", nargs="+", help="some of them, as ppo-run:lora+head")
     parser.add_argument("--best", nargs="+", default=[], help="TRL's best settings, as lora=NAME full=NAME")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="of ppo-run")
+    parser.add_argument("--micro-batch-size", type=int, default=16, help="of ppo-run")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--response-length", type=int, default=53)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -68,10 +71,11 @@ def main() -> None:
     args = arguments()
     if args.task:
         engine, method = args.task.split(":")
-        found = ours(args, method) if engine == "ppo-run" else peer(args, method)
+        found = {"ppo-run": ours, "trl": peer, "swift": swift}[engine](args, method)
         print(json.dumps({"task": args.task, **found}))
         return
     args.work = args.work or tempfile.mkdtemp()
+    args.tasks = args.tasks or [*TASKS, *(SWIFT_TASKS if args.swift_python else ())]
     make_reward_model(args)
     best = dict(pair.split("=") for pair in args.best)
     for method in ("lora", "full"):
@@ -106,14 +110,15 @@ def report(runs: list[dict[str, Any]], best: dict[str, str]) -> None:
         peak, growth = (row[k] / 2**30 for k in ("peak_bytes", "growth_bytes"))
         print(f"| {task} | {rates} | {' | '.join(phases)} | {peak:.2f} | {growth:.2f} |")
     for task, row in rows.items():
-        other = rows.get(f"trl:{task.split(':')[1].removesuffix('+head')}")
-        if task.startswith("ppo-run") and other:
-            keys = ("samples_per_s", "samples_per_cpu_s", "peak_bytes", "growth_bytes")
-            speed, cpu, peak, growth = (row[k] / other[k] for k in keys)
-            print(
-                f"{task}: {speed:.2f} times TRL's samples/s, {cpu:.2f} times its samples/CPU s, "
-                f"{peak:.2f} times its peak, {growth:.2f} times its growth"
-            )
+        for peer_name in ("trl", "swift"):
+            other = rows.get(f"{peer_name}:{task.split(':')[1].removesuffix('+head')}")
+            if task.startswith("ppo-run") and other:
+                keys = ("samples_per_s", "samples_per_cpu_s", "peak_bytes", "growth_bytes")
+                speed, cpu, peak, growth = (row[k] / other[k] for k in keys)
+                print(
+                    f"{task} over {peer_name}: {speed:.2f} times the samples/s, {cpu:.2f} times the "
+                    f"samples/CPU s, {peak:.2f} times the peak, {growth:.2f} times the growth"
+                )
 
 
 def search(args: argparse.Namespace, method: str) -> str:
@@ -132,7 +137,8 @@ def search(args: argparse.Namespace, method: str) -> str:
 
 def measured(args: argparse.Namespace, task: str, settings: str) -> dict[str, Any]:
     """Run one task in a process of its own."""
-    python = args.peer_python if task.startswith("trl") else sys.executable
+    interpreters = {"trl": args.peer_python, "swift": args.swift_python}
+    python = interpreters.get(task.split(":")[0], sys.executable)
     line = [python, __file__, "--task", task, "--settings", settings]
     for name, value in vars(args).items():
         if name not in ("task", "tasks", "settings", "best", "out") and value is not None:
@@ -238,7 +244,6 @@ def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         AutoTokenizer,
-        TrainerCallback,
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -269,27 +274,9 @@ def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
         value = get_peft_model(scorer(frozen), config)
     else:
         value = scorer(wide)
-    memory, marks = Memory(), [("start", 0.0, 0.0)]
+    memory, phases = Memory(), Phases()
     memory.loaded(*(m for m in (policy, reference, reward, value) if m is not None))
-
-    def mark(name: str) -> None:
-        marks.append((name, time.monotonic(), time.process_time()))
-
-    def marking(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            made = function(*given, **named)
-            mark(name)
-            return made
-
-        return call
-
-    ppo_trainer.batch_generation = marking(ppo_trainer.batch_generation, "rollout_s")
-    ppo_trainer.masked_whiten = marking(ppo_trainer.masked_whiten, "scoring_s")  # the last of scoring
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            mark("update_s")
-
+    phases.watch(ppo_trainer)
     config = PPOConfig(
         output_dir=f"{args.work}/trl",
         per_device_train_batch_size=setting["micro"],
@@ -318,16 +305,103 @@ def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         eval_dataset=Dataset.from_dict({"input_ids": ids[: args.batch_size]}),
         peft_config=LoraConfig(**adapter, target_modules="all-linear") if lora else None,
-        callbacks=[Clock()],
     )
     trainer.train()
-    ends = [i for i, (name, _, _) in enumerate(marks) if name == "update_s"]
-    timed = marks[ends[0] :]  # the first update is a warm-up
-    made = dict.fromkeys(PHASES, 0.0)
-    for before, after in itertools.pairwise(timed):
-        made[after[0]] += (after[1] - before[1]) / (len(ends) - 1)
-    cpu_s = (timed[-1][2] - timed[0][2]) / (len(ends) - 1)
-    return {**rates(args, sum(made.values()), cpu_s), **made, **memory.found()}
+    return phases.found(args) | memory.found()
+
+
+class Phases:
+    """When the phases of TRL's loop ended, by the clock and in processor time."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, float, float]] = []
+
+    def watch(self, ppo_trainer: Any) -> None:
+        """From here on, in TRL's module."""
+        from transformers.trainer_callback import CallbackHandler
+
+        self._watch(ppo_trainer, "batch_generation", "rollout_s")
+        self._watch(ppo_trainer, "masked_whiten", "scoring_s")  # the last of scoring
+        self._watch(CallbackHandler, "on_step_end", "update_s")
+
+    def _watch(self, where: Any, function: str, phase: str) -> None:
+        inner = getattr(where, function)
+
+        def call(*given: Any, **named: Any) -> Any:
+            made = inner(*given, **named)
+            self.ends.append((phase, time.monotonic(), time.process_time()))
+            return made
+
+        setattr(where, function, call)
+
+    def found(self, args: argparse.Namespace) -> dict[str, float]:
+        """Rates and means of all updates but the first, a warm-up."""
+        updates = [i for i, (phase, _, _) in enumerate(self.ends) if phase == "update_s"]
+        timed = self.ends[updates[0] :]
+        made = dict.fromkeys(PHASES, 0.0)
+        for before, after in itertools.pairwise(timed):
+            made[after[0]] += (after[1] - before[1]) / (len(updates) - 1)
+        cpu_s = (timed[-1][2] - timed[0][2]) / (len(updates) - 1)
+        return rates(args, sum(made.values()), cpu_s) | made
+
+
+def swift(args: argparse.Namespace, method: str) -> dict[str, float]:
+    """``swift rlhf --rlhf_type ppo`` on the same prompts."""
+    from swift import rlhf_main
+    from swift.rlhf_trainers import ppo_trainer as swift_trainer
+    from trl.experimental.ppo import ppo_trainer
+
+    data = Path(args.work) / "swift.jsonl"
+    prompts = [json.loads(line)["prompt"] for line in Path(args.prompts).read_text().splitlines()]
+    lines = [
+        {"messages": [{"role": "user", "content": p}]} for p in prompts[: args.batch_size * args.updates]
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    memory, phases, micro = Memory(), Phases(), 8
+    init = swift_trainer.PPOTrainer.__init__
+
+    def watched(self: Any, model: Any, ref_model: Any, *given: Any, **named: Any) -> None:
+        models = [model, ref_model, named["reward_model"], named["value_model"]]
+        models = [m for many in models for m in (many if isinstance(many, list) else [many])]
+        memory.loaded(*(m for m in models if m is not None))
+        init(self, model, ref_model, *given, **named)
+
+    swift_trainer.PPOTrainer.__init__ = watched
+    phases.watch(ppo_trainer)
+    options = {
+        "rlhf_type": "ppo",
+        "model": args.model,
+        "model_type": "llama",
+        "template": "chatml",
+        "reward_model": f"{args.work}/rm",
+        "reward_model_type": "llama",
+        "reward_template": "chatml",
+        "dataset": data,
+        "dataset_shuffle": False,
+        "torch_dtype": "float32",
+        "bf16": args.dtype == "bfloat16",
+        "fp16": False,
+        "tuner_type": method,
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": args.batch_size // micro,
+        "local_rollout_forward_batch_size": args.batch_size,
+        "num_ppo_epochs": args.epochs,
+        "num_mini_batches": 1,
+        "num_train_epochs": 1,
+        "response_length": args.response_length,
+        "max_length": 512,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "num_sample_generations": 0,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "output_dir": f"{args.work}/swift",
+    }
+    rlhf_main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    return phases.found(args) | memory.found()
 
 
 if __name__ == "__main__":
