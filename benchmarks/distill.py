@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, folder: Path, train: Path, heldout: Path, seed
     common += ["--learning-rate", args.learning_rate, "--checkpoint-every", 0, *args.extra]
     alone, taught = folder / f"alone-{seed}", folder / f"taught-{seed}"
     times = {"alone_s": command(*common, "--loss", "ce", "-o", alone)}
-    times["taught_s"] = command(*common, "--heldout", heldout, "--baseline", alone, "-o", taught)
+    times["taught_s"] = command(*common, *args.teach, "--heldout", heldout, "--baseline", alone, "-o", taught)
     report = json.loads((taught / "report.json").read_text(encoding="utf-8"))
     if not all(report["baseline"].values()):
         raise SystemExit(f"the two runs differ in more than the loss: {report['baseline']}")
@@ -62,10 +62,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="artifacts/base")
     parser.add_argument("--layers", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", default="1e-3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--teach", nargs="*", default=["--hidden-weight=1"], help="options of the taught alone"
+    )
     parser.add_argument("--extra", nargs="*", default=[], help="more options of distill, for both")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
