@@ -153,6 +153,53 @@ def sequence_logprobs(
     return run_head(model, input_ids, attention_mask, labels, position_ids, compute)
 
 
+@torch.no_grad()
+def separable_head(model: nn.Module) -> LogitTransform | None:
+    """What follows the output projection, where that reads just what ``get_decoder()`` gives, else None.
+
+    Decoder and :func:`hidden_logprobs` then give what :func:`sequence_logprobs` does, also in several
+    threads at once. Not for prompt learning, whose tokens come in before the decoder.
+    """
+    base: Any = unwrap(model)
+    if not hasattr(base, "get_decoder"):
+        return None
+    given: list[Tensor] = []
+    read: list[Tensor] = []
+
+    def compute(hidden: Tensor, _targets: Tensor, _head: nn.Module, _transform: LogitTransform) -> Result:
+        read.append(hidden)
+        return hidden.new_zeros(())
+
+    probe = torch.zeros((1, 3), dtype=torch.long, device=base.get_input_embeddings().weight.device)
+    handle = base.get_decoder().register_forward_hook(lambda _m, _args, output: given.append(output[0]))
+    try:
+        run_head(model, probe, None, probe, None, compute)
+    finally:
+        handle.remove()
+    same = len(given) == 1 and given[0].shape[1] == 3 and torch.equal(given[0][:, :-1], read[0])
+    return _transforms[base] if same else None
+
+
+def hidden_logprobs(
+    model: nn.Module,
+    hidden: Tensor,
+    input_ids: Tensor,
+    completion_mask: Tensor,
+    transform: LogitTransform,
+    *,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`sequence_logprobs` from the decoder's output ``(B, T, H)``, and entropies if asked.
+
+    Args:
+        transform: that of :func:`separable_head`, with the temperature.
+    """
+    labels = input_ids.masked_fill(~completion_mask.bool(), IGNORE_INDEX)[:, 1:]
+    head = _output_head(unwrap(model))
+    logprobs, entropy = _head_logprobs(hidden[:, :-1], head, labels, transform, with_entropy, None)
+    return _pad_first(logprobs), None if entropy is None else _pad_first(entropy)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The causal language model inside PEFT, DDP, FSDP, DeepSpeed and ``torch.compile`` wrappers."""
     while True:

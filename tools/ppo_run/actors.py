@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from tuneutils.shared.adapters.fused_lora import fused
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.logprobs_model import sequence_logprobs, unwrap
+from tuneutils.shared.logprobs import LogitTransform
+from tuneutils.shared.logprobs_model import hidden_logprobs, separable_head, sequence_logprobs, unwrap
 from tuneutils.shared.methods import apply_method, learning_rate, quantization
 from tuneutils.shared.models import ModelRef, keep_4bit_layout, load_base
 from tuneutils.tools.ppo_run.masters import narrow
 from tuneutils.tools.ppo_run.params import Params
 from tuneutils.tools.ppo_run.reward_model import RewardModel
 from tuneutils.tools.ppo_run.rewards import Episode
+from tuneutils.tools.ppo_run.workers import Workers
 
 HEAD_LEARNING_RATE = 1e-4
 METHOD_SHARE = 0.1
@@ -117,6 +119,9 @@ class Actors:
         frozen: the reference, where it is a model of its own.
         value: see :class:`HeadOnPolicy` and :class:`TrunkValue`.
         needs_mask: virtual tokens come on the left, so that the attention mask must be given.
+        transform: of the logits, where decoder and head can be called apart.
+        rows: of a micro-batch.
+        workers: threads that share micro-batches; one where decoder and head cannot be called apart.
     """
 
     policy: Any
@@ -128,6 +133,9 @@ class Actors:
     where: torch.device
     dtype: torch.dtype
     needs_mask: bool = False
+    transform: LogitTransform | None = None
+    rows: int = 8
+    workers: Workers = field(default_factory=Workers)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision in which policy, reference and value compute."""
@@ -153,14 +161,15 @@ class Actors:
         The value that belongs to a token is that of the state before it.
         """
         with self.autocast():
-            if isinstance(self.value, HeadOnPolicy):
+            if isinstance(self.value, HeadOnPolicy) and self.transform is None:
                 with self.value.kept() as kept:
-                    found = self._logprobs(self.policy, batch, with_entropy)
+                    logprobs, entropy, _ = self._logprobs(self.policy, batch, with_entropy)
                 hidden = kept[0][:, -batch.input_ids.shape[1] :]
             else:
-                found = self._logprobs(self.policy, batch, with_entropy)
-                hidden = self.value.hidden(batch.input_ids)
-        logprobs, entropy = found if isinstance(found, tuple) else (found, None)
+                logprobs, entropy, hidden = self._logprobs(self.policy, batch, with_entropy)
+                if isinstance(self.value, TrunkValue):
+                    hidden = self.value.hidden(batch.input_ids)
+        assert hidden is not None
         values = self.value.head(hidden.to(self.value.head.weight.dtype))[..., 0]
         at_state = values.gather(1, batch.positions - 1) * batch.mask
         return self._responses(logprobs, batch), at_state, self._entropy(entropy, batch)
@@ -168,22 +177,28 @@ class Actors:
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """Log-probabilities ``(b, R)`` under the reference, at the same temperature."""
+        bare = self.frozen is None
         with self.autocast():
-            if self.frozen is not None:
-                return self._responses(self._logprobs(self.frozen, batch, False), batch)
-            with self.policy.disable_adapter():
-                return self._responses(self._logprobs(self.policy, batch, False, bare=True), batch)
+            found = self._logprobs(self.policy if bare else self.frozen, batch, False, bare=bare)
+        return self._responses(found[0], batch)
 
-    def _logprobs(self, model: Any, batch: Batch, with_entropy: bool, bare: bool = False) -> Any:
+    def reference_in_place(self) -> AbstractContextManager[Any]:
+        """Where :meth:`reference_logprobs` may be called, and nothing else may."""
+        return nullcontext() if self.frozen is not None else self.policy.disable_adapter()  # type: ignore[no-any-return]
+
+    def _logprobs(
+        self, model: Any, batch: Batch, with_entropy: bool, bare: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities and, if asked, entropies ``(b, T)``, and the hidden states where at hand."""
+        ids, scored = batch.input_ids, batch.response_mask
+        if self.transform is not None:
+            hidden = unwrap(model).get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+            transform = replace(self.transform, temperature=self.temperature)
+            return *hidden_logprobs(model, hidden, ids, scored, transform, with_entropy=with_entropy), hidden
         mask = batch.attention_mask if self.needs_mask and not bare else None
-        return sequence_logprobs(
-            model,
-            batch.input_ids,
-            mask,
-            batch.response_mask,
-            self.temperature,
-            with_entropy=with_entropy,  # type: ignore[call-overload]
-        )
+        if with_entropy:
+            return *sequence_logprobs(model, ids, mask, scored, self.temperature, with_entropy=True), None
+        return sequence_logprobs(model, ids, mask, scored, self.temperature), None, None
 
     @staticmethod
     def _responses(values: Any, batch: Batch) -> Tensor:
@@ -232,6 +247,10 @@ def build_actors(
         frozen = copy.deepcopy(policy).requires_grad_(False)
     policy.eval()
     value.eval()
+    transform = None if prompt_learning else separable_head(policy)
+    workers = Workers() if transform is None else Workers.for_rows(params.micro_batch_size, where)
+    if reward_model is not None:
+        reward_model.workers = workers
     return Actors(
         policy,
         frozen,
@@ -242,6 +261,9 @@ def build_actors(
         where,
         dtype,
         prompt_learning,
+        transform,
+        max(1, params.micro_batch_size // workers.size),
+        workers,
     )
 
 

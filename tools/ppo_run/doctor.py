@@ -115,7 +115,7 @@ def make_probe(run: Run[Params], setting: Setting) -> Probe:
         stream_seed(run.seed, SAMPLING, 0),
     )
     lengths = [len(e.prompt.ids) + len(e.response_ids) for e in episodes]
-    (rows,) = minibatch_rows(lengths, 1, params.micro_batch_size, setting.processes, run.seed, 0, 0)
+    (rows,) = minibatch_rows(lengths, 1, setting.actors.rows, setting.processes, run.seed, 0, 0)
     said = score(setting.actors, episodes, rows, setting.processes)
     return Probe(setting, params, episodes, scores, rows, said)
 

@@ -8,6 +8,7 @@ the last one; advantages by GAE; clipped policy and value losses over a few pass
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
@@ -45,6 +46,7 @@ from tuneutils.tools.ppo_run.rollout import (
     stream_seed,
     trim_heap,
 )
+from tuneutils.tools.ppo_run.workers import Turns
 
 
 def make_optimizer(actors: Actors, params: Params) -> torch.optim.Adam:
@@ -85,9 +87,7 @@ def one_update(
     collected = time.monotonic() - reward_s
     lengths = [len(e.prompt.ids) + len(e.response_ids) for e in episodes]
     passes = [
-        minibatch_rows(
-            lengths, params.minibatches, params.micro_batch_size, processes, run.seed, update, epoch
-        )
+        minibatch_rows(lengths, params.minibatches, actors.rows, processes, run.seed, update, epoch)
         for epoch in range(params.ppo_epochs)
     ]
     old = score(actors, episodes, [rows for step in passes[0] for rows in step], processes)
@@ -160,16 +160,23 @@ def improve(
     sums = torch.zeros(4, dtype=torch.float64)
     first_deviation = 0.0
     norms = []
+    turns = Turns(parameters)
+
+    def learn(numbered: tuple[int, list[int]], tokens: float) -> tuple[Tensor, float]:
+        number, rows = numbered
+        with turns.pass_number(number):
+            return accumulate(actors, params, episodes, old, advantages, returns, rows, tokens)
+
     for epoch, minibatches in enumerate(passes):
         all_rows = processes.together_raw(minibatches)
         for step, micro_batches in enumerate(minibatches):
             # One mean over the tokens of the whole minibatch, whatever the processes and micro-batches.
             tokens = sum(float(token_counts[rows].sum()) for own in all_rows for rows in own[step])
             optimizer.zero_grad()
-            for rows in micro_batches:
-                totals, deviation = accumulate(
-                    actors, params, episodes, old, advantages, returns, rows, tokens
-                )
+            turns.restart()
+            with turns.held():
+                learnt = actors.workers.map(partial(learn, tokens=tokens), list(enumerate(micro_batches)))
+            for totals, deviation in learnt:
                 sums += totals
                 if epoch == 0 and step == 0:
                     first_deviation = max(first_deviation, deviation)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.models import ModelRef, load_adapter, load_tokenizer, resolve
 from tuneutils.tools.ppo_run.rewards import Episode, checked
+from tuneutils.tools.ppo_run.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ class RewardModel:
         mean, std: of the normalisation.
         eos_id: appended to a response that lacks it.
         autocast: a context in which to compute.
+        workers: threads that share the batches.
     """
 
     trunk: Any
@@ -46,31 +48,35 @@ class RewardModel:
     eos_id: int
     batch_size: int = 8
     autocast: Any = nullcontext
+    workers: Workers = field(default_factory=Workers)
 
     def __call__(self, episodes: Sequence[Episode]) -> list[float]:
         rows = [[*e.prompt.ids, *e.response_ids] for e in episodes]
         return checked(episodes, self.scores(rows).tolist())
 
-    @torch.no_grad()
     def scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Normalised scores ``(n,)`` of sequences of token ids."""
         closed = [[*row] if row[-1] == self.eos_id else [*row, self.eos_id] for row in rows]
         order = sorted(range(len(closed)), key=lambda i: (len(closed[i]), i))
         made = torch.empty(len(closed))
         bypass = getattr(self.trunk, "disable_adapter", nullcontext)
-        with bypass(), self.autocast():
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                made[chosen] = self._read_out([closed[i] for i in chosen])
+        size = max(1, self.batch_size // self.workers.size)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        with bypass():
+            found = self.workers.map(lambda rows: self._read_out([closed[i] for i in rows]), batches)
+        for rows, scores in zip(batches, found, strict=True):
+            made[rows] = scores
         return (made - self.mean) / self.std
 
+    @torch.no_grad()
     def _read_out(self, rows: list[list[int]]) -> Tensor:
         """Raw scores at each row's last token. Padding is on the right, where a causal model never looks."""
         width = max(map(len, rows))
         where = self.head.weight.device
         ids = torch.tensor([row + [self.eos_id] * (width - len(row)) for row in rows], device=where)
         last = torch.tensor([len(row) - 1 for row in rows], device=where)
-        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        with self.autocast():
+            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
         at_end = hidden[torch.arange(len(rows), device=where), last]
         made: Tensor = self.head(at_end.to(self.head.weight.dtype))[:, 0].float().cpu()
         return made

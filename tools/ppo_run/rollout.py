@@ -156,7 +156,6 @@ class Scored:
     mask: Tensor
 
 
-@torch.no_grad()
 def score(
     actors: Actors, episodes: Sequence[Episode], micro_batches: Sequence[Sequence[int]], processes: Processes
 ) -> Scored:
@@ -167,16 +166,25 @@ def score(
     """
     width = max(len(e.response_ids) for e in episodes)
 
-    def mine() -> list[tuple[int, Tensor]]:
-        made = []
-        for rows in micro_batches:
-            batch = collate([episodes[i] for i in rows], actors.pad_id, width, actors.where)
-            logprobs, values, entropy = actors.policy_logprobs(batch, with_entropy=True)
-            assert entropy is not None
-            parts = (logprobs, actors.reference_logprobs(batch), values, entropy, batch.mask)
-            made += list(zip(rows, torch.stack([p.float() for p in parts], 1).cpu(), strict=True))
-        return made
+    @torch.no_grad()
+    def policy(rows: Sequence[int]) -> Tensor:
+        batch = collate([episodes[i] for i in rows], actors.pad_id, width, actors.where)
+        logprobs, values, entropy = actors.policy_logprobs(batch, with_entropy=True)
+        assert entropy is not None
+        return torch.stack([p.float() for p in (logprobs, values, entropy, batch.mask)], 1).cpu()
 
-    found = dict(pair for part in processes.together_raw(mine()) for pair in part)
-    stacked = torch.stack([found[i] for i in range(len(episodes))], 1)
-    return Scored(*stacked)
+    def reference(rows: Sequence[int]) -> Tensor:
+        batch = collate([episodes[i] for i in rows], actors.pad_id, width, actors.where)
+        return actors.reference_logprobs(batch).float().cpu()
+
+    ours = actors.workers.map(policy, micro_batches)
+    with actors.reference_in_place():
+        theirs = actors.workers.map(reference, micro_batches)
+    mine = [
+        (i, torch.cat([said, ref[None]]))
+        for rows, batch, refs in zip(micro_batches, ours, theirs, strict=True)
+        for i, said, ref in zip(rows, batch, refs, strict=True)
+    ]
+    found = dict(pair for part in processes.together_raw(mine) for pair in part)
+    logprobs, values, entropy, mask, ref_logprobs = torch.stack([found[i] for i in range(len(episodes))], 1)
+    return Scored(logprobs, ref_logprobs, values, entropy, mask)

@@ -262,7 +262,7 @@ def evaluate(run: Run[Params], setting: Setting) -> dict[str, Any]:
             stream_seed(run.seed, HELDOUT),
         )
         lengths = [len(e.prompt.ids) + len(e.response_ids) for e in episodes]
-        (rows,) = minibatch_rows(lengths, 1, params.micro_batch_size, processes, run.seed)
+        (rows,) = minibatch_rows(lengths, 1, setting.actors.rows, processes, run.seed)
         said = score(setting.actors, episodes, rows, processes)
     return {
         "rewards": scores.tolist(),
