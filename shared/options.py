@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -128,8 +129,22 @@ def _click_type(kind: type, meta: Mapping[str, Any]) -> click.ParamType[Any]:
     if kind is int:
         return click.IntRange(meta["min"], meta["max"]) if _bounded(meta) else click.INT
     if kind is float:
-        return click.FloatRange(meta["min"], meta["max"]) if _bounded(meta) else click.FLOAT
+        return FiniteRange(meta["min"], meta["max"]) if _bounded(meta) else Finite()
     return click.STRING
+
+
+class Finite(click.types.FloatParamType):
+    """A number that is neither NaN, which passes every comparison with bounds, nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class FiniteRange(click.FloatRange, Finite):
+    """A finite number within bounds."""
 
 
 def _bounded(meta: Mapping[str, Any]) -> bool:

@@ -163,6 +163,16 @@ class TestUsage:
         assert shown["params"]
         assert list(workdir.iterdir()) == []
 
+    def test_numbers_must_be_finite(self, case: Case, assets: Assets, workdir: Path) -> None:
+        command, below = command_of(case.tool)
+        for name in below:
+            command = command.commands[name]  # type: ignore[attr-defined]
+        for option in (p for p in command.params if p.type.name in ("float", "float range")):
+            for value in ("nan", "inf"):
+                done = run(case, assets, f"{option.opts[-1]}={value}")
+                assert (done.code, f"{value} is not a finite number" in done.error) == (2, True), done.stderr
+        assert list(workdir.iterdir()) == []
+
     def test_missing_input(self, case: Case, assets: Assets, workdir: Path) -> None:
         done = run(case, assets, inputs=["nosuch/folder/in.jsonl"])
         assert (done.code, "nosuch" in done.error) == (66, True), done.stderr
