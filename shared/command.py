@@ -75,14 +75,22 @@ class Run(Generic[P]):
         return logging.getLogger(f"tuneutils.{self.tool}")
 
     def manifest_params(self) -> dict[str, dict[str, Any]]:
-        """Every parameter that can change the output, with where its value came from."""
+        """Every parameter that can change the output, with where its value came from.
+
+        Secrets in URLs are left out: this is recorded and shown.
+        """
+        from tuneutils.shared.manifest import without_secrets
+
         out: dict[str, dict[str, Any]] = {}
         for field in dataclasses.fields(cast(Any, self.params)):
             if field.metadata.get("role") in ("runtime", "view"):
                 continue
             value = getattr(self.params, field.name)
             value = list(value) if isinstance(value, tuple) else value
-            out[field.name] = {"value": value, "source": self.sources.get(field.name, "default")}
+            out[field.name] = {
+                "value": without_secrets(value),
+                "source": self.sources.get(field.name, "default"),
+            }
         for name in ("dtype", "on_error") if self.uses_model else ("on_error",):
             out[name] = {"value": getattr(self, name), "source": self.sources.get(name, "default")}
         return out

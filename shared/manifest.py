@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ LIBRARIES = (
     "gguf",
     "numpy",
 )
+
+#: Names of a URL's parameters whose values are secrets.
+SECRET_NAME = re.compile(r"key|token|secret|pass|pwd|sig|auth|cred|code|session", re.IGNORECASE)
+SECRET_SHOWN = "***"
 
 Manifest = dict[str, Any]
 
@@ -136,6 +141,31 @@ def portable_path(path: str | os.PathLike[str]) -> str:
         return Path(path).absolute().relative_to(Path.cwd()).as_posix()
     except ValueError:
         return str(path)
+
+
+def without_secrets(value: Any) -> Any:
+    """A URL as it may be recorded: without password, and none of the values of its query readable.
+
+    A value whose name speaks of a secret is masked, any other is a digest, so that a run with another
+    ``?model=`` is still another run. What is no URL is given back as it is.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_secrets, value))
+    if not isinstance(value, str) or not re.match(r"https?://", value, re.IGNORECASE):
+        return value
+    head, mark, query = value.partition("?")
+    scheme, _, rest = head.partition("://")
+    host, slash, path = rest.partition("/")
+    shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return shown + mark + "&".join(map(_masked, query.split("&"))) if mark else shown
+
+
+def _masked(pair: str) -> str:
+    name, equals, value = pair.partition("=")
+    if not equals:
+        return SECRET_SHOWN if pair else ""
+    digest = hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{name}={SECRET_SHOWN if SECRET_NAME.search(name) else digest}"
 
 
 def manifest_of(path: Path) -> Path | None:

@@ -32,6 +32,7 @@ from tuneutils.shared.artifact import (
 )
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
+from tuneutils.shared.manifest import without_secrets
 
 TOY = Path(__file__).parent / "toy.py"
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
@@ -162,6 +163,23 @@ class TestManifest:
             load_manifest("d")
         with pytest.raises(ToolError, match="is the artifact complete"):
             load_manifest("nosuch")
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        ("https://h:8/a?api_key=s&x=", "https://h:8/a?api_key=***&x=e3b0c442"),
+        ("http://u:p@h/a@b", "http://h/a@b"),
+        ("HTTPS://h?bare", "HTTPS://h?***"),
+        ("https://h/a", "https://h/a"),
+        ("a folder?key=x", "a folder?key=x"),
+        (("http://h?token=s", "b"), ("http://h?token=***", "b")),
+        (3, 3),
+    ],
+)
+def test_secrets_in_urls_are_not_recorded(given: object, recorded: object) -> None:
+    """``e3b0c442`` begins the SHA-256 of nothing (FIPS 180-4's example)."""
+    assert without_secrets(given) == recorded
 
 
 class TestIdempotence:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from tuneutils.shared.artifact import Input, describe_input
 from tuneutils.shared.errors import ExitCode, ToolError, nearest
+from tuneutils.shared.manifest import without_secrets
 from tuneutils.shared.models import model_input
 from tuneutils.tools.ppo_run.prompts import Prompt
 
@@ -94,13 +95,14 @@ def reward_input(spec: str) -> list[Input]:
         _builtin(spec)
         return []
     if kind == "http":
+        _check_url(spec)
         if urllib.parse.urlsplit(spec).username is not None:
             raise ToolError(
                 "--reward: a URL with a password would be recorded; put the secret in the environment as "
                 f"{TOKEN}, sent as a bearer token",
                 code=ExitCode.USAGE,
             )
-        return [Input("reward", spec, "")]
+        return [Input("reward", without_secrets(spec), "")]
     if kind == "function":
         _function(spec)
         source = getattr(sys.modules[spec.partition(":")[0]], "__file__", None)
@@ -135,7 +137,20 @@ def text_reward(spec: str, *, timeout_s: float = 30.0, retries: int = 3) -> Text
     kind = kind_of(spec)
     if kind == "builtin":
         return TextReward(_builtin(spec), spec)
-    return TextReward(Endpoint(spec, timeout_s, retries) if kind == "http" else _function(spec), spec)
+    function = Endpoint(spec, timeout_s, retries) if kind == "http" else _function(spec)
+    return TextReward(function, without_secrets(spec))
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        wrong = "its port is 0" if parts.port == 0 else "" if parts.hostname else "has no host"
+    except ValueError as exc:
+        wrong = str(exc)
+    if not url.isascii() or not url.isprintable() or " " in url:
+        wrong = "percent-encode the characters that a URL cannot hold"
+    if wrong:
+        raise ToolError(f"--reward {without_secrets(url)}: {wrong}", code=ExitCode.USAGE)
 
 
 def checked(episodes: Sequence[Episode], scores: Any) -> list[float]:
@@ -247,6 +262,10 @@ class Endpoint:
     retries: int
     pause_s: float = 1.0
 
+    @property
+    def shown(self) -> str:
+        return str(without_secrets(self.url))
+
     def __call__(self, prompts: list[str], completions: list[str]) -> Sequence[float]:
         body = json.dumps({"prompts": prompts, "completions": completions}).encode()
         for attempt in range(self.retries + 1):
@@ -255,14 +274,14 @@ class Endpoint:
             except urllib.error.HTTPError as exc:
                 reason = f"HTTP {exc.code} {exc.reason}"
                 if exc.code < 500 and exc.code != 429:
-                    raise ToolError(f"--reward {self.url}: refused: {reason}") from exc
+                    raise ToolError(f"--reward {self.shown}: refused: {reason}") from exc
             except (urllib.error.URLError, TimeoutError, ConnectionError) as exc:
                 reason = str(getattr(exc, "reason", None) or exc)
             if attempt < self.retries:
                 time.sleep(self.pause_s * 2**attempt)
         raise ToolError(
-            f"--reward {self.url}: no answer in {self.retries + 1} tries of {self.timeout_s:g} s: {reason}; "
-            "start the server and run this again (it goes on from its last checkpoint)",
+            f"--reward {self.shown}: no answer in {self.retries + 1} tries of {self.timeout_s:g} s: "
+            f"{reason}; start the server and run this again (it goes on from its last checkpoint)",
             code=ExitCode.RETRYABLE,
         )
 
@@ -279,8 +298,10 @@ class Endpoint:
         try:
             answer = json.loads(raw)
         except ValueError as exc:
-            raise ToolError(f"--reward {self.url}: the answer is not JSON: {raw[:60]!r}") from exc
+            raise ToolError(f"--reward {self.shown}: the answer is not JSON: {raw[:60]!r}") from exc
         rewards = answer.get("rewards") if isinstance(answer, dict) else answer
         if not isinstance(rewards, list):
-            raise ToolError(f'--reward {self.url}: the answer must be {{"rewards": [...]}}, is {raw[:60]!r}')
+            raise ToolError(
+                f'--reward {self.shown}: the answer must be {{"rewards": [...]}}, is {raw[:60]!r}'
+            )
         return rewards

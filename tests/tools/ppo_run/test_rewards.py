@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -70,9 +71,11 @@ class Server(BaseHTTPRequestHandler):
 
     replies: list[Any] = []  # noqa: RUF012 - set by each test
     requests: list[Any] = []  # noqa: RUF012
+    paths: list[Any] = []  # noqa: RUF012
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.paths.append(self.path)
         self.requests.append((self.headers["Content-Type"], body))
         reply = self.replies.pop(0) if self.replies else (200, None)
         if isinstance(reply, float):
@@ -91,7 +94,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, type[Server]]]:
-    Server.replies, Server.requests = [], []
+    Server.replies, Server.requests, Server.paths = [], [], []
     http = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=http.serve_forever)
     thread.start()
@@ -152,6 +155,41 @@ class TestEndpoint:
         assert len(server[1].requests) == 1
         manifest = json.loads(Path("out/artifact.json").read_text())
         assert {i["role"]: i["path"] for i in manifest["inputs"]}["reward"] == server[0]
+
+    def test_secrets_in_its_url_are_sent_and_not_recorded(
+        self, server: tuple[str, type[Server]], ppo: Callable[..., Result], prompts: Path, workdir: Path
+    ) -> None:
+        url = server[0] + "?model=big&api_key=s3cret&pin=s3cret2"
+        done = ppo(prompts, "-r", url, "--updates", "2", "--checkpoint-every", "1", "-v", "--json")
+        assert done.code == 0, done.stderr
+        assert set(server[1].paths) == {"/score?model=big&api_key=s3cret&pin=s3cret2"}
+        written = [p for p in workdir.rglob("*") if p.is_file()]
+        assert any(p.name == "artifact.json" for p in written)
+        assert any(p.name == "run.jsonl" for p in written)
+        assert [p for p in written if b"s3cret" in p.read_bytes()] == []
+        assert "s3cret" not in done.stdout + done.stderr
+        manifest = json.loads(Path("out/artifact.json").read_text())
+        digest = hashlib.sha256(b"big").hexdigest()[:8]
+        assert f"?model={digest}&api_key=***&pin=" in manifest["params"]["reward"]["value"]
+        server[1].replies = [(403, "no")]
+        refused = ppo(prompts, "-r", url, output="other")
+        assert (refused.code, "s3cret" in refused.stderr) == (65, False)
+        shown = ppo(prompts, "-r", url, "--dry-run", output="third")
+        assert (shown.code, "s3cret" in shown.stdout) == (0, False)
+
+    def test_another_query_is_another_run(
+        self, server: tuple[str, type[Server]], ppo: Callable[..., Result], prompts: Path
+    ) -> None:
+        assert ppo(prompts, "-r", server[0] + "?model=a&key=x", "--updates", "1").code == 0
+        assert ppo(prompts, "-r", server[0] + "?model=a&key=y", "--updates", "1").code == 0  # up to date
+        assert len(server[1].requests) == 1
+        assert ppo(prompts, "-r", server[0] + "?model=b&key=x", "--updates", "1").code == 73
+
+    @pytest.mark.parametrize("url", ["http:///x", "http://a:b/x", "http://[::1/x", "http://h/x?key=s3cret y"])
+    def test_no_url(self, url: str, ppo: Callable[..., Result], prompts: Path) -> None:
+        done = ppo(prompts, "-r", url)
+        assert (done.code, "s3cret" in done.stderr) == (2, False), done.stderr
+        assert done.error.startswith("--reward http://")
 
 
 class TestFunction:
