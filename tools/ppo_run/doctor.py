@@ -167,9 +167,10 @@ def repeatable(probe: Probe) -> Iterator[Finding]:
         batch = collate([probe.episodes[i] for i in rows], actors.pad_id, width, actors.where)
         logprobs = actors.policy_logprobs(batch)[0].detach().float().cpu()
         worst = max(worst, float((logprobs - probe.said.logprobs[rows]).abs().max()))
-    yield _finding(
-        "ratio", worst == 0.0, f"first probability ratio is 1 to within {worst:.1e}", DIAGNOSES["ratio"][1]
-    )
+    found = f"first probability ratio is 1 to within {worst:.1e}"
+    if worst > 0:
+        found = f"two passes over the same batch differ by up to {worst:.1e} in log-probability"
+    yield _finding("ratio", worst == 0.0, found, DIAGNOSES["ratio"][1])
 
 
 def sampler_agrees(probe: Probe) -> Iterator[Finding]:
@@ -252,18 +253,28 @@ def read_out(probe: Probe) -> Iterator[Finding]:
     alone = torch.cat([model.scores([row]) for row in rows])
     worst = float((together - alone).abs().max())
     fits = worst <= (1e-4 if probe.setting.actors.dtype == torch.float32 else 0.1)
-    yield _finding("read-out", fits, f"scores with and without padding differ by at most {worst:.1e}")
+    yield _finding(
+        "read-out",
+        fits,
+        f"scores with and without padding differ by at most {worst:.1e}",
+        "the reward model looks at padding: it must be causal, and read at the EOS that closes the text",
+    )
 
 
 def score_kept(probe: Probe) -> Iterator[Finding]:
-    """Row 15: the token rewards of a response add up to its score less the KL penalty."""
+    """Rows 15, 16 and 18: each token's reward is its KL penalty, and the score is added on the last token."""
     said, beta = probe.said, probe.params.kl_coef
-    rewards = token_rewards(probe.scores, said.logprobs, said.ref_logprobs, said.mask, beta)
-    wanted = probe.scores - beta * (said.logprobs - said.ref_logprobs).sum(1)
-    worst = float((rewards.sum(1) - wanted).abs().max())
+    found = token_rewards(probe.scores, said.logprobs, said.ref_logprobs, said.mask, beta)
+    wanted = -beta * (said.logprobs - said.ref_logprobs)
+    for row, (episode, score_of) in enumerate(zip(probe.episodes, probe.scores, strict=True)):
+        wanted[row, len(episode.response_ids) - 1] += score_of
+    worst = float((found - wanted).abs().max())
     fits = worst <= 1e-4 * max(1.0, float(probe.scores.abs().max()))
     yield _finding(
-        "score-position", fits, f"token rewards add up to the score less the KL to within {worst:.1e}"
+        "score-position",
+        fits,
+        f"token rewards are the score on the last token less the KL to within {worst:.1e}",
+        "pads are counted, or the response mask does not end at the last token",
     )
 
 
