@@ -174,6 +174,21 @@ CASES = [
         stdin=True,
     ),
     Case(
+        "qat-tune",
+        lambda a: [a.stream("text")],
+        lambda a: [
+            "-m",
+            a.model,
+            "--heldout",
+            a.stream("messages"),
+            *("--group-size", "16", "--max-steps", "2", "--batch-size", "2"),
+            *CPU,
+        ],
+        reads="text",
+        paths=("-m", "--heldout"),
+        stdin=True,
+    ),
+    Case(
         "edge-export package",
         lambda a: [a.model],
         lambda a: [
