@@ -108,6 +108,14 @@ CASES = [
         label="folder",
     ),
     Case(
+        "cf-augment write",
+        lambda a: [a.stream("messages")],
+        reads="messages",
+        makes="stream",
+        output="out.jsonl",
+        stdin=True,
+    ),
+    Case(
         "lora-tune",
         lambda a: [a.stream("prompt-completion")],
         lambda a: [

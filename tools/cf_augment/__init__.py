@@ -1,0 +1,1 @@
+"""data: write counterfactual twins of records: gender, names, religion, age, disability, nationality."""

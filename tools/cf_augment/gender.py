@@ -1,0 +1,264 @@
+"""The gender axis: pronouns, nouns, titles and first names of one text, each to its counterpart.
+
+Names are paired one to one by frequency and gender-specificity (Maudslay et al. 2019, "It's All in the Name",
+section 3.2), so that swapping twice gives the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tuneutils.shared.lexicons import NO_GROUP, load, load_names
+from tuneutils.tools.cf_augment.edits import Edit, Text
+from tuneutils.tools.cf_augment.names import is_name
+from tuneutils.tools.cf_augment.outcome import Undecided
+from tuneutils.tools.cf_augment.pronouns import Tagger, models
+from tuneutils.tools.cf_augment.scan import Entry, Hit, Table, outside, protected
+from tuneutils.tools.cf_augment.twins import Version
+from tuneutils.tools.cf_augment.words import cased_like, word_set
+
+DATA = Path(__file__).with_name("data")
+OTHER = {"female": "male", "male": "female"}
+_DIVINE = ("god", "lord", "father")
+
+#: Pronoun → (gender, form); ``her`` and ``his`` have two forms, which the tagger tells apart.
+PRONOUNS = {
+    "he": ("male", "subject"), "she": ("female", "subject"),
+    "him": ("male", "object"), "her": ("female", ""),
+    "his": ("male", ""), "hers": ("female", "alone"),
+    "himself": ("male", "reflexive"), "herself": ("female", "reflexive"),
+}  # fmt: skip
+FORMS = {
+    "male": {"subject": "he", "object": "him", "determiner": "his", "alone": "his", "reflexive": "himself"},
+    "female": {
+        "subject": "she", "object": "her", "determiner": "her", "alone": "hers", "reflexive": "herself",
+    },
+    "neutral": {
+        "subject": "they", "object": "them", "determiner": "their", "alone": "theirs",
+        "reflexive": "themself",
+    },
+}  # fmt: skip
+
+#: Words that bind a person to one sex: the counterpart would say what cannot be.
+SEXED = word_set("sexed")
+#: Male forms that serve for everybody: they stay, while their female counterparts become them.
+GENERIC = word_set("generic")
+#: Capitalised words behind which a capitalised noun is still a noun.
+_FUNCTION = word_set("function")
+
+
+@dataclass(frozen=True)
+class GenderOptions:
+    """Which way, and what.
+
+    Attributes:
+        to: ``swap`` for both ways, or the one gender that all become; ``neutral`` is singular they.
+        names: change first names as well.
+        min_log_odds: below this the tagger's answer counts as undecided.
+    """
+
+    to: str = "swap"
+    names: bool = True
+    min_log_odds: float = 0.4
+
+
+@cache
+def table(names: bool) -> Table:
+    """All terms of the axis."""
+    found = Table()
+    for word, (gender, form) in PRONOUNS.items():
+        found.add(Entry("pronoun", word, gender, form))
+    for term in load("gender").terms:
+        if term.text in PRONOUNS or ("'" in term.text and term.group != NO_GROUP):
+            continue
+        if term.group == NO_GROUP:
+            found.add(Entry("none", term.text))
+        elif term.group in OTHER and term.slot:
+            kind = "title" if term.slot.startswith("title") else "noun"
+            found.add(
+                Entry(kind, term.text, term.group, term.slot, "word" in term.flags),
+                capital="capital" in term.flags or kind == "title",
+            )
+    for word in SEXED:
+        found.add(Entry("sexed", word))
+    if names:
+        for name in load_names():
+            entry = Entry("name", name.text, name.group, name.ethnicity, bool(name.flags))
+            found.add(entry, capital=True)
+    return found
+
+
+@cache
+def name_pairs() -> dict[str, str]:
+    """First names in lower case to those of the other gender, both ways."""
+    pairs: dict[str, str] = {}
+    for line in (DATA / "names.tsv").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            female, male, ways = line.split("\t")
+            if ways in ("both", "female"):
+                pairs[female] = male
+            if ways in ("both", "male"):
+                pairs[male] = female
+    return pairs
+
+
+@cache
+def nouns() -> dict[tuple[str, str], str]:
+    """(noun, group of the counterpart) → counterpart."""
+    found: dict[tuple[str, str], str] = {}
+    lexicon = load("gender")
+    for term in lexicon.terms:
+        for group, other in lexicon.counterparts(term).items():
+            found.setdefault((term.text, group), other.text)
+    for line in (DATA / "neutral.tsv").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            female, male, neutral = line.split("\t")
+            found[female, "neutral"] = found[male, "neutral"] = neutral
+    return found
+
+
+class Gender:
+    """Rewrites one text at a time; holds what the texts of a record share."""
+
+    def __init__(self, options: GenderOptions) -> None:
+        self.options = options
+        self.table = table(options.names)
+        self._taggers: dict[str, Tagger] = dict(models())
+
+    def target(self, group: str) -> str | None:
+        """What a mention of ``group`` becomes; None if it stays."""
+        to = self.options.to
+        if to == "swap":
+            return OTHER[group]
+        return to if group != to else None
+
+    def rewrite(
+        self, hit: Hit, words: Sequence[str], seps: Sequence[str], names: dict[str, str]
+    ) -> str | None:
+        """The words that a hit becomes; None where it stays.
+
+        Raises:
+            Undecided: the text does not say.
+        """
+        entry = hit.entry
+        if entry.kind == "pronoun":
+            return self._pronoun(hit, words, seps)
+        if entry.kind == "name":
+            return self._name(hit, words, seps, names)
+        if entry.kind == "sexed":
+            raise Undecided("sexed", f"{words[hit.start]!r} goes with one sex")
+        return self._noun(hit, words, seps)
+
+    def _pronoun(self, hit: Hit, words: Sequence[str], seps: Sequence[str]) -> str | None:
+        i = hit.start
+        word, entry = words[i], hit.entry
+        target = self.target(entry.group)
+        if target is None or (i and seps[i].strip() in ("/", ")", "/)") and words[i - 1].lower() == "s"):
+            return None
+        if word[0].isupper() and i and seps[i] == " " and not word.isupper() and not _heading(words, i):
+            raise Undecided("deity", f"{word!r} with a capital inside a sentence")
+        form = entry.slot or self._form(i, words, seps)
+        return cased_like(FORMS[target][form], word)
+
+    def _form(self, i: int, words: Sequence[str], seps: Sequence[str]) -> str:
+        word = words[i].lower()
+        odds = self._taggers[word](words, seps, i)
+        if abs(odds) < self.options.min_log_odds:
+            raise Undecided("pronoun", f"{word!r} before {' '.join(words[i + 1 : i + 3])!r}: which use")
+        return "determiner" if odds > 0 else "object" if word == "her" else "alone"
+
+    def _noun(self, hit: Hit, words: Sequence[str], seps: Sequence[str]) -> str | None:
+        i, entry = hit.start, hit.entry
+        target = self.target(entry.group)
+        if target is None or entry.text in GENERIC or part_of_name(hit, words, seps):
+            return None
+        written = words[i]
+        if entry.text in _DIVINE and _divine(i, words, seps):
+            return None
+        other = nouns().get((entry.text, target))
+        if other is None:
+            raise Undecided("no counterpart", f"{entry.text!r} has no {target} counterpart")
+        if entry.kind == "title" and seps[hit.end].startswith("."):
+            other = other.rstrip(".")
+        if entry.kind == "title":
+            other = other[:1].upper() + other[1:]
+        return cased_like(other, written)
+
+    def _name(self, hit: Hit, words: Sequence[str], seps: Sequence[str], names: dict[str, str]) -> str | None:
+        entry = hit.entry
+        if not is_name(hit, words, seps, self.table):
+            return None
+        if entry.group == "either" or (target := self.target(entry.group)) is None or target == "neutral":
+            return None
+        other = names.get(entry.text) or name_pairs().get(entry.text)
+        if other is None:
+            raise Undecided("no counterpart", f"the name {words[hit.start]!r} has no counterpart")
+        names[entry.text] = other
+        return cased_like(other[:1].upper() + other[1:], words[hit.start])
+
+
+def part_of_name(hit: Hit, words: Sequence[str], seps: Sequence[str]) -> bool:
+    """*Burger King*, *Stephen King*: a capitalised noun behind a capitalised word of content."""
+    i = hit.start
+    if (
+        hit.entry.kind == "title"
+        or not words[i][0].isupper()
+        or words[i].isupper()
+        or not i
+        or seps[i] != " "
+    ):
+        return False
+    before = words[i - 1]
+    return before[0].isupper() and before.lower() not in _FUNCTION and not _heading(words, i)
+
+
+def _divine(i: int, words: Sequence[str], seps: Sequence[str]) -> bool:
+    """God, Lord and Father with a capital that no sentence start explains."""
+    if not words[i][0].isupper() or words[i].isupper():
+        return False
+    return words[i] == "God" or bool(i and not seps[i].strip())
+
+
+def _heading(words: Sequence[str], i: int) -> bool:
+    """Most words around are capitalised: a title, in which capitals say nothing."""
+    around = [w for w in words[max(0, i - 4) : i + 5] if len(w) > 3 or w is words[i]]
+    return len(around) > 2 and sum(w[0].isupper() for w in around) >= 0.75 * len(around)
+
+
+class GenderAxis:
+    """All persons of a record at once."""
+
+    name = "gender"
+
+    def __init__(self, options: GenderOptions) -> None:
+        self.rules = Gender(options)
+
+    def versions(self, found: Sequence[Text], _key: bytes) -> list[Version | Undecided]:
+        """No version for texts without a term; one, or the reason why not, for others."""
+        hits = [self.hits(text) for text in found]
+        if not any(h.entry.kind != "sexed" for those in hits for h in those):
+            return []
+        names: dict[str, str] = {}
+        try:
+            edits = [self._edits(text, those, names) for text, those in zip(found, hits)]
+        except Undecided as why:
+            return [why]
+        return [Version("", edits)] if any(edits) else []
+
+    def hits(self, text: Text) -> list[Hit]:
+        """The terms of a text that stand outside code and addresses."""
+        hits = self.rules.table.hits(text.words, text.seps)
+        if hits and (spans := protected(text.source)):
+            return outside(hits, text.words, text.seps, spans)
+        return hits
+
+    def _edits(self, text: Text, hits: Sequence[Hit], names: dict[str, str]) -> list[Edit]:
+        made = []
+        for hit in hits:
+            new = self.rules.rewrite(hit, text.words, text.seps, names)
+            if new is not None:
+                made.append(Edit(hit.start, hit.end, new))
+        return text.with_articles(made) if made else made
