@@ -85,6 +85,15 @@ def reward_model(assets: Assets) -> Path:
     return path
 
 
+def gold_swaps(assets: Assets) -> Path:
+    """Two texts with their counterparts."""
+    path = assets.records / "gold.jsonl"
+    path.write_text(
+        '{"text": "She left.", "swapped": "He left."}\n{"text": "It rained.", "swapped": "It rained."}\n'
+    )
+    return path
+
+
 QUICK_RM = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "0.01")
 
 CASES = [
@@ -115,6 +124,7 @@ CASES = [
         output="out.jsonl",
         stdin=True,
     ),
+    Case("cf-augment eval", lambda a: [gold_swaps(a)], lambda _: ["--split", "all"], stdin=True),
     Case(
         "lora-tune",
         lambda a: [a.stream("prompt-completion")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
-from tuneutils.tools.cf_augment.params import WriteParams
+from tuneutils.tools.cf_augment.params import EvalParams, WriteParams
 
 main = tool_group(
     "cf-augment",
@@ -28,6 +28,19 @@ def write(run: Run[WriteParams]) -> Summary:
     from tuneutils.tools.cf_augment.augment import augment
 
     return augment(run)
+
+
+@tool("eval", EvalParams, group="data", inputs="GOLD", output="report", uses_model=False, parent=main)
+def evaluate(run: Run[EvalParams]) -> Summary:
+    """Compare twins with GOLD: records of a text and its counterpart in swapped.
+
+    Where swapped equals the text nothing should change; where it is null there should be no twin. Writes
+    report.json (exact match, agreement errors, name consistency, false swaps, with intervals) and
+    errors.jsonl.
+    """
+    from tuneutils.tools.cf_augment.evaluate import evaluate
+
+    return evaluate(run)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ from functools import cache
 from pathlib import Path
 
 from tuneutils.shared.lexicons import NO_GROUP, load, load_names
-from tuneutils.tools.cf_augment.edits import Edit, Text
 from tuneutils.tools.cf_augment.names import is_name
 from tuneutils.tools.cf_augment.outcome import Undecided
 from tuneutils.tools.cf_augment.pronouns import Tagger, models
-from tuneutils.tools.cf_augment.scan import Entry, Hit, Table, outside, protected
-from tuneutils.tools.cf_augment.twins import Version
+from tuneutils.tools.cf_augment.scan import Entry, Hit, Table
 from tuneutils.tools.cf_augment.words import cased_like, word_set
 
 DATA = Path(__file__).with_name("data")
@@ -57,12 +55,14 @@ class GenderOptions:
     Attributes:
         to: ``swap`` for both ways, or the one gender that all become; ``neutral`` is singular they.
         names: change first names as well.
+        persons: ``all`` at once, or a version for ``each``.
         min_log_odds: below this the tagger's answer counts as undecided.
     """
 
     to: str = "swap"
     names: bool = True
     min_log_odds: float = 0.4
+    persons: str = "all"
 
 
 @cache
@@ -84,9 +84,12 @@ def table(names: bool) -> Table:
             )
     for word in SEXED:
         found.add(Entry("sexed", word))
+    for word in word_set("deities"):
+        found.add(Entry("deity", word), capital=True)
     if names:
         for name in load_names():
-            entry = Entry("name", name.text, name.group, name.ethnicity, bool(name.flags))
+            common = bool(name.flags) or name.text in word_set("words-too")
+            entry = Entry("name", name.text, name.group, name.ethnicity, common)
             found.add(entry, capital=True)
     return found
 
@@ -135,6 +138,10 @@ class Gender:
             return OTHER[group]
         return to if group != to else None
 
+    def goes(self, entry: Entry) -> bool:
+        """Whether a name is one that changes."""
+        return entry.kind == "name" and entry.group in OTHER and self.target(entry.group) in OTHER
+
     def rewrite(
         self, hit: Hit, words: Sequence[str], seps: Sequence[str], names: dict[str, str]
     ) -> str | None:
@@ -148,6 +155,8 @@ class Gender:
             return self._pronoun(hit, words, seps)
         if entry.kind == "name":
             return self._name(hit, words, seps, names)
+        if entry.kind == "deity":
+            return None
         if entry.kind == "sexed":
             raise Undecided("sexed", f"{words[hit.start]!r} goes with one sex")
         return self._noun(hit, words, seps)
@@ -189,15 +198,35 @@ class Gender:
 
     def _name(self, hit: Hit, words: Sequence[str], seps: Sequence[str], names: dict[str, str]) -> str | None:
         entry = hit.entry
-        if not is_name(hit, words, seps, self.table):
+        target = None if entry.group == "either" else self.target(entry.group)
+        if target in (None, "neutral") or not is_name(hit, words, seps, self.table):
             return None
-        if entry.group == "either" or (target := self.target(entry.group)) is None or target == "neutral":
-            return None
-        other = names.get(entry.text) or name_pairs().get(entry.text)
-        if other is None:
-            raise Undecided("no counterpart", f"the name {words[hit.start]!r} has no counterpart")
-        names[entry.text] = other
+        if entry.text not in names:
+            other = name_pairs().get(entry.text)
+            if other is None:
+                raise Undecided("no counterpart", f"the name {words[hit.start]!r} has no counterpart")
+            names[entry.text] = _free(other, set(names.values()) | set(names.get("", "").split()))
+        other = names[entry.text]
         return cased_like(other[:1].upper() + other[1:], words[hit.start])
+
+
+@cache
+def _ranked() -> dict[str, list[str]]:
+    """The paired names of each gender, the most frequent first."""
+    found: dict[str, list[str]] = {"female": [], "male": []}
+    for name in load_names():
+        if name.text in name_pairs() and not name.flags:
+            found[name.group].append(name.text)
+    return found
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """``name``, or the next name of its gender that nobody in the record has."""
+    if name not in taken:
+        return name
+    ranked = next((r for r in _ranked().values() if name in r), [])
+    start = ranked.index(name) if ranked else 0
+    return next((n for n in ranked[start:] + ranked[:start] if n not in taken), name)
 
 
 def part_of_name(hit: Hit, words: Sequence[str], seps: Sequence[str]) -> bool:
@@ -212,7 +241,7 @@ def part_of_name(hit: Hit, words: Sequence[str], seps: Sequence[str]) -> bool:
     ):
         return False
     before = words[i - 1]
-    return before[0].isupper() and before.lower() not in _FUNCTION and not _heading(words, i)
+    return before[0].isupper() and before.lower() not in _FUNCTION
 
 
 def _divine(i: int, words: Sequence[str], seps: Sequence[str]) -> bool:
@@ -226,39 +255,3 @@ def _heading(words: Sequence[str], i: int) -> bool:
     """Most words around are capitalised: a title, in which capitals say nothing."""
     around = [w for w in words[max(0, i - 4) : i + 5] if len(w) > 3 or w is words[i]]
     return len(around) > 2 and sum(w[0].isupper() for w in around) >= 0.75 * len(around)
-
-
-class GenderAxis:
-    """All persons of a record at once."""
-
-    name = "gender"
-
-    def __init__(self, options: GenderOptions) -> None:
-        self.rules = Gender(options)
-
-    def versions(self, found: Sequence[Text], _key: bytes) -> list[Version | Undecided]:
-        """No version for texts without a term; one, or the reason why not, for others."""
-        hits = [self.hits(text) for text in found]
-        if not any(h.entry.kind != "sexed" for those in hits for h in those):
-            return []
-        names: dict[str, str] = {}
-        try:
-            edits = [self._edits(text, those, names) for text, those in zip(found, hits)]
-        except Undecided as why:
-            return [why]
-        return [Version("", edits)] if any(edits) else []
-
-    def hits(self, text: Text) -> list[Hit]:
-        """The terms of a text that stand outside code and addresses."""
-        hits = self.rules.table.hits(text.words, text.seps)
-        if hits and (spans := protected(text.source)):
-            return outside(hits, text.words, text.seps, spans)
-        return hits
-
-    def _edits(self, text: Text, hits: Sequence[Hit], names: dict[str, str]) -> list[Edit]:
-        made = []
-        for hit in hits:
-            new = self.rules.rewrite(hit, text.words, text.seps, names)
-            if new is not None:
-                made.append(Edit(hit.start, hit.end, new))
-        return text.with_articles(made) if made else made

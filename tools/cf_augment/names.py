@@ -14,6 +14,7 @@ _THINGS_AFTER = word_set("things-after")
 _KIN = word_set("kin")
 _SAYS = word_set("says")
 _WORDY_BEFORE = word_set("wordy-before")
+_GOES = word_set("goes")
 _WORDY_AFTER = word_set("wordy-after")
 
 
@@ -56,7 +57,8 @@ def _is_first_name_before(i: int, words: Sequence[str], seps: Sequence[str], tab
         return i > 1 and words[i - 2] in table and words[i - 2][0].isupper()
     if seps[i] != " " or words[i - 1].isupper():
         return False
-    return any(e.kind == "name" for e in table.alone(words[i - 1]))
+    entries = table.alone(words[i - 1])
+    return bool(entries) and entries[0].kind == "name"
 
 
 def _word_or_name(
@@ -64,6 +66,8 @@ def _word_or_name(
 ) -> bool:
     i = hit.start
     first = not i or any(c in seps[i] for c in '.!?:\n"“')
+    if before == "to" and i > 1 and words[i - 2].lower() in _GOES:
+        return False
     if before in _WORDY_BEFORE or (first and after in _WORDY_AFTER):
         return False
     if person or before in _KIN or after in _SAYS or _possessive(i, words, seps):

@@ -31,7 +31,7 @@ class WriteParams:
     )
     persons: str = option(
         "all",
-        help="gender: all persons of a record at once, or a twin for each person with the others as they are.",
+        help="gender: all persons of a record at once, or a twin for each, the others as they are.",
         choices=("all", "each"),
     )
     names: bool = option(True, help="gender: change first names with the pronouns and nouns of a person.")
@@ -57,3 +57,20 @@ class WriteParams:
     abstained: str | None = option(
         None, help="Record stream of the records without a twin, each with the reason.", role="runtime"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalParams:
+    """What is compared with gold swaps."""
+
+    axis: str = option("gender", help="What the gold swaps.", choices=AXES)
+    to: str = option("swap", help="As in writing.", choices=("swap", "female", "male", "neutral"))
+    pair: tuple[str, ...] = option((), help="As in writing. Repeatable.", metavar="GROUP=GROUP")
+    split: str = option(
+        "heldout",
+        help="Which rows: those held out by the hash of both texts, the others, or all.",
+        choices=("heldout", "dev", "all"),
+    )
+    min_exact: float | None = option(None, help="Exit 1 when exact match is below this.", min=0, max=1)
+    min_confidence: float = option(0.6, help="As in writing.", min=0.5, max=1)
+    tagger: str = option("own", help="As in writing.", choices=("own", "spacy"))

@@ -34,6 +34,8 @@ def context(words: Sequence[str], seps: Sequence[str], i: int) -> tuple[str, str
     of the text, ``0`` is a number; no unit stands beyond punctuation.
     """
     count = len(words)
+    if i + 1 < count and seps[i + 1] == "/":  # his/her book: as his or her book
+        return "", "^", "or", words[i + 1].lower()
     n1 = _mark(seps[i + 1], i + 1 < count)
     n2 = ""
     if not n1:
@@ -87,11 +89,17 @@ _CLOSED_AT_END = word_set("closed-at-end")
 _NOUNS_IN_LY = word_set("nouns-in-ly")
 #: Nouns that nearly always have an owner: *gave her brother a book* is about her brother.
 _OWNED = word_set("owned")
+_KIN = word_set("kin")
+_SAYS = word_set("says")
 _DECIDED = 20.0
 
 
-def rule(p1: str, n1: str, n2: str) -> float:
+def rule(p2: str, p1: str, n1: str, n2: str) -> float:
     """Log-odds where grammar alone decides what follows a determiner; 0 where it does not."""
+    if p1 == "of" and p2 in _KIN and (n1[-2:] == "ed" or n1 in _SAYS):
+        return -_DECIDED
+    if n1 in ("or", "and") and n2 in ("her", "his", "their"):
+        return _DECIDED
     if n1 in _CLOSED or not (n1.isalpha() or n1 == "0"):
         return -_DECIDED
     if n1 in _OWNED:
@@ -113,7 +121,7 @@ class Model:
 
     def __call__(self, words: Sequence[str], seps: Sequence[str], i: int) -> float:
         p2, p1, n1, n2 = context(words, seps, i)
-        if decided := rule(p1, n1, n2):
+        if decided := rule(p2, p1, n1, n2):
             return decided
         score = self.bias
         get = self._get

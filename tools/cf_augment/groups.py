@@ -1,0 +1,257 @@
+"""The axes other than gender: every mention of one group becomes the same meaning for another group.
+
+Which group a group becomes is drawn once for a record, and always as an exchange: where Christians become
+Muslims, Muslims become Christians, so that swapping twice gives the original.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from tuneutils.shared.errors import ExitCode, ToolError, nearest
+from tuneutils.shared.lexicons import NO_GROUP, Lexicon, Term, load, load_names
+from tuneutils.tools.cf_augment import gender
+from tuneutils.tools.cf_augment.edits import Edit, Text
+from tuneutils.tools.cf_augment.names import is_name
+from tuneutils.tools.cf_augment.outcome import Undecided
+from tuneutils.tools.cf_augment.scan import Entry, Hit, Table, outside, protected
+from tuneutils.tools.cf_augment.twins import Version
+from tuneutils.tools.cf_augment.words import cased_like, word_set
+
+_AGES = re.compile(r"\b\d{1,3}[- ]years?[- ]old|\baged? (?:of )?\d", re.IGNORECASE)
+#: Slots whose terms are no proper nouns, in the axes whose groups have proper names.
+_COMMON = frozenset(("place", "places", "clergy", "house", "scripture", "singular-man"))
+_PEOPLE = ("adherent", "adjective")
+_PROPER_AXES = ("religion", "nationality")
+_BE = frozenset(("is", "are", "was", "were", "be", "been", "am", "being", "became", "become", "becomes"))
+_SAYS = word_set("says")
+_OBJECTS = frozenset(
+    ["the", "a", "an", "his", "her", "their", "my", "your", "this", "that", "it", "him", "them", "into"]
+)
+_AFTER_NOUN = word_set("closed") | frozenset(("who", "that", "there"))
+
+
+@dataclass(frozen=True)
+class Names:
+    """First names by (ethnicity, gender), the most frequent first, and the place of each in its list."""
+
+    lists: Mapping[tuple[str, str], tuple[str, ...]]
+    places: Mapping[str, tuple[str, str, int]]
+
+    def counterpart(self, name: str, group: str) -> str | None:
+        """The name of the same gender and rank in another group; ranks beyond its list begin anew."""
+        _, sex, rank = self.places[name]
+        others = self.lists.get((group, sex), ())
+        return others[rank % len(others)] if others else None
+
+
+@cache
+def names() -> Names:
+    """The names that are listed under one ethnicity."""
+    lists: dict[tuple[str, str], list[str]] = {}
+    places = {}
+    for name in load_names():
+        if name.ethnicity:
+            found = lists.setdefault((name.ethnicity, name.group), [])
+            places[name.text] = (name.ethnicity, name.group, len(found))
+            found.append(name.text)
+    return Names({k: tuple(v) for k, v in lists.items()}, places)
+
+
+@cache
+def table(axis: str) -> Table:
+    """All terms of an axis, and for ethnicity the names."""
+    found = Table()
+    for term in load(axis).terms:
+        kind = "none" if term.group == NO_GROUP else "term"
+        found.add(Entry(kind, term.text, term.group, term.slot), capital="capital" in term.flags)
+    if axis == "ethnicity":
+        for name in load_names():
+            if name.ethnicity:
+                entry = Entry("name", name.text, name.ethnicity, "", bool(name.flags))
+                found.add(entry, capital=True)
+    return found
+
+
+@cache
+def terms(axis: str) -> dict[tuple[str, str, str], Term]:
+    """(text, group, slot) → term."""
+    return {(t.text, t.group, t.slot): t for t in load(axis).terms}
+
+
+@cache
+def _adjective(axis: str, group: str) -> str | None:
+    """The adjective of a group that names its people too: *Muslim* before *Islamic*."""
+    found = {s: [t.text for t in load(axis).terms if (t.group, t.slot) == (group, s)] for s in _PEOPLE}
+    return next((text for text in found["adjective"] if text in found["adherent"]), None)
+
+
+class GroupAxis:
+    """An axis of any number of groups.
+
+    Args:
+        name: the axis.
+        pairs: the only exchanges to make; without any, each record draws its own.
+    """
+
+    def __init__(self, name: str, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        self.name = name
+        self.lexicon: Lexicon = load(name)
+        self.groups = self.lexicon.groups
+        self.fixed = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
+        self._first_names = gender.table(True) if name == "ethnicity" else None
+
+    def versions(self, found: Sequence[Text], key: bytes, /) -> list[Version | Undecided]:
+        """One version, or the reason why not, for texts with a term; none for others."""
+        try:
+            hits = [self._hits(text) for text in found]
+            if not any(hits):
+                return []
+            if self.name == "age" and any(_AGES.search(text.source) for text in found):
+                raise Undecided("age in numbers", "an age in numbers goes with the term")
+            exchange = self._exchange(hits, key)
+            edits = [self._edits(text, those, exchange) for text, those in zip(found, hits)]
+        except Undecided as why:
+            return [why]
+        return [Version("", edits)] if any(edits) else []
+
+    def _hits(self, text: Text) -> list[Hit]:
+        words, seps = text.words, text.seps
+        hits = table(self.name).hits(words, seps)
+        if hits and (spans := protected(text.source)):
+            hits = outside(hits, words, seps, spans)
+        kept = []
+        for hit in hits:
+            if hit.entry.kind == "name":
+                assert self._first_names is not None
+                if not is_name(hit, words, seps, self._first_names):
+                    continue
+            elif self.name == "nationality" and _language(hit, words):
+                continue
+            kept.append(hit._replace(entries=(_use(hit, words, seps),)))
+        return kept
+
+    def _exchange(self, hits: Sequence[Sequence[Hit]], key: bytes) -> dict[str, str]:
+        """Group → the group that it becomes, for the groups that the record mentions."""
+        present: dict[str, list[Entry]] = {}
+        for those in hits:
+            for hit in those:
+                present.setdefault(hit.entry.group, []).append(hit.entry)
+        if self.fixed:
+            return {g: self.fixed[g] for g in present if g in self.fixed}
+        made: dict[str, str] = {}
+        for group, entries in present.items():
+            if group in made:
+                continue
+            open_to = [
+                other
+                for other in self.groups
+                if other != group
+                and other not in made
+                and self._all_go(entries, other)
+                and self._all_go(present.get(other, []), group)
+            ]
+            if not open_to:
+                worst = next((e for e in entries if not self._goes_anywhere(e)), entries[0])
+                raise Undecided("no counterpart", f"{worst.text!r} has no counterpart in another group")
+            draw = int.from_bytes(key[:8], "big") + self.groups.index(group)
+            other = open_to[draw % len(open_to)]
+            made[group] = other
+            if other in present:
+                made[other] = group
+        return made
+
+    def _all_go(self, entries: Sequence[Entry], group: str) -> bool:
+        return all(self._counterpart(entry, group) is not None for entry in entries)
+
+    def _goes_anywhere(self, entry: Entry) -> bool:
+        return any(self._counterpart(entry, g) is not None for g in self.groups if g != entry.group)
+
+    def _counterpart(self, entry: Entry, group: str) -> str | None:
+        if entry.kind == "name":
+            return names().counterpart(entry.text, group)
+        term = terms(self.name)[entry.text, entry.group, entry.slot]
+        if entry.slot == "adjective" and (both := _adjective(self.name, group)):
+            return both
+        other = self.lexicon.counterparts(term).get(group)
+        return other.text if other else None
+
+    def _edits(self, text: Text, hits: Sequence[Hit], exchange: Mapping[str, str]) -> list[Edit]:
+        made = []
+        for hit in hits:
+            group = exchange.get(hit.entry.group)
+            if group is None:
+                continue
+            new = self._counterpart(hit.entry, group)
+            if new is None:
+                raise Undecided("no counterpart", f"{hit.entry.text!r} has none in the group {group!r}")
+            made.append(Edit(hit.start, hit.end, self._cased(new, hit, group, text)))
+        return text.with_articles(made) if made else made
+
+    def _cased(self, new: str, hit: Hit, group: str, text: Text) -> str:
+        old = text.words[hit.start]
+        if hit.entry.kind == "name":
+            return cased_like(_capitals(new), old)
+        if self.name not in _PROPER_AXES or (old.isupper() and len(old) > 1):
+            return cased_like(new, old)
+        common = hit.entry.slot in _COMMON
+        if not common and group != "atheist":
+            return _capitals(new)
+        opens = not hit.start or any(c in text.seps[hit.start] for c in '.!?:\n"“')
+        return cased_like(new, old) if opens or common else new
+
+
+def _use(hit: Hit, words: Sequence[str], seps: Sequence[str]) -> Entry:
+    """Of a term that is an adjective and a noun, the one it is here: *a Christian*, *a Christian family*."""
+    by_slot = {e.slot: e for e in hit.entries}
+    noun, adjective = by_slot.get("adherent"), by_slot.get("adjective")
+    if noun is None or adjective is None:
+        return hit.entry
+    after, beyond = (words[k].lower() if k < len(words) else "" for k in (hit.end, hit.end + 1))
+    follows = after and seps[hit.end] == " " and after not in _AFTER_NOUN
+    if follows and (after in _SAYS or (beyond in _OBJECTS and seps[hit.end + 1] == " ")):
+        return noun
+    predicate = hit.start and words[hit.start - 1].lower() in _BE
+    return adjective if follows or predicate else noun
+
+
+def _language(hit: Hit, words: Sequence[str]) -> bool:
+    """*speaks French*, *in German*, *the French language*."""
+    if hit.entry.slot != "adjective":
+        return False
+    before = words[hit.start - 1].lower() if hit.start else ""
+    after = words[hit.end].lower() if hit.end < len(words) else ""
+    return after in word_set("language-after") or (
+        before in word_set("language-before") and not (after.isalpha() and after not in word_set("closed"))
+    )
+
+
+def _capitals(text: str) -> str:
+    return re.sub(r"(?<![\w'])(?!of\b|the\b|and\b)\w", lambda m: m[0].upper(), text)
+
+
+def parse_pairs(axis: str, given: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of ``--pair`` whose groups are this axis's.
+
+    Raises:
+        ToolError: (2) one that is no pair, or names one group of the axis and one that is not.
+    """
+    groups = load(axis).groups
+    found = []
+    for text in given:
+        a, mark, b = text.partition("=")
+        if not mark or not a or not b or a == b:
+            raise ToolError(f"--pair {text!r}: write GROUP=GROUP", code=ExitCode.USAGE)
+        if (a in groups) != (b in groups):
+            wrong = b if a in groups else a
+            raise ToolError(
+                f"--pair {text!r}: {axis} has no group {wrong!r}{nearest(wrong, groups)}; "
+                f"it has {', '.join(groups)}",
+                code=ExitCode.USAGE,
+            )
+        if a in groups:
+            found.append((a, b))
+    return found
