@@ -19,13 +19,15 @@ def make_axes(params: WriteParams) -> list[Axis]:
         ToolError: (2) options that do not go together.
     """
     names = list(dict.fromkeys(params.axis))
+    if params.lang != "en" and names != ["gender"]:
+        raise ToolError(f"--lang {params.lang} has the axis gender only", code=ExitCode.USAGE)
     if params.pair and all(name == "gender" for name in names):
         raise ToolError("--pair is for axes other than gender: use --to", code=ExitCode.USAGE)
     made: list[Axis] = []
     used = 0
     for name in names:
         if name == "gender":
-            made.append(GenderAxis(gender_options(params)))
+            made.append(_gender(params))
             continue
         pairs = parse_pairs(name, params.pair)
         used += len(pairs)
@@ -37,7 +39,19 @@ def make_axes(params: WriteParams) -> list[Axis]:
     return made
 
 
+def _gender(params: WriteParams) -> Axis:
+    if params.lang == "en":
+        return GenderAxis(gender_options(params))
+    if params.to == "neutral" or params.persons == "each":
+        raise ToolError(
+            f"--lang {params.lang} has neither --to neutral nor --persons each", code=ExitCode.USAGE
+        )
+    from tuneutils.tools.cf_augment.morphology import MorphologyAxis
+
+    return MorphologyAxis(params.lang, params.to)
+
+
 def gender_options(params: WriteParams) -> GenderOptions:
     p = params.min_confidence
     odds = math.log(p / (1 - p)) if p < 1 else math.inf
-    return GenderOptions(params.to, params.names, odds, params.persons)
+    return GenderOptions(params.to, params.names, odds, params.persons, params.tagger)

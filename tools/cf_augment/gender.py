@@ -56,6 +56,7 @@ class GenderOptions:
         to: ``swap`` for both ways, or the one gender that all become; ``neutral`` is singular they.
         names: change first names as well.
         persons: ``all`` at once, or a version for ``each``.
+        tagger: ``own`` or ``spacy``.
         min_log_odds: below this the tagger's answer counts as undecided.
     """
 
@@ -63,6 +64,7 @@ class GenderOptions:
     names: bool = True
     min_log_odds: float = 0.4
     persons: str = "all"
+    tagger: str = "own"
 
 
 @cache
@@ -123,13 +125,22 @@ def nouns() -> dict[tuple[str, str], str]:
     return found
 
 
+def _taggers(name: str) -> dict[str, Tagger]:
+    if name == "own":
+        return dict(models())
+    from tuneutils.tools.cf_augment.spacy_tagger import SpacyTagger
+
+    tagger = SpacyTagger()
+    return {"her": tagger, "his": tagger}
+
+
 class Gender:
     """Rewrites one text at a time; holds what the texts of a record share."""
 
     def __init__(self, options: GenderOptions) -> None:
         self.options = options
         self.table = table(options.names)
-        self._taggers: dict[str, Tagger] = dict(models())
+        self._taggers = _taggers(options.tagger)
 
     def target(self, group: str) -> str | None:
         """What a mention of ``group`` becomes; None if it stays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuneutils.shared.errors import ToolError
 from tuneutils.tools.cf_augment.agreement import base
 from tuneutils.tools.cf_augment.edits import Text
 from tuneutils.tools.cf_augment.gender import GenderOptions
@@ -16,6 +18,7 @@ from tuneutils.tools.cf_augment.gender_axis import GenderAxis
 from tuneutils.tools.cf_augment.outcome import Undecided
 from tuneutils.tools.cf_augment.twins import Version
 
+WINOBIAS = Path(__file__).parents[4] / "shared" / "data" / "winobias_gold_swaps.jsonl"
 TRAPS = [json.loads(line) for line in Path(__file__).with_name("gold_traps.jsonl").read_text().splitlines()]
 
 
@@ -142,3 +145,25 @@ def test_any_text_goes_through(text: str) -> None:
     assert isinstance(got, (str, Undecided))
     if isinstance(got, str):
         assert got.count("\n") == text.count("\n")
+
+
+class TestSpacy:
+    def test_absent(self) -> None:
+        if importlib.util.find_spec("spacy"):
+            pytest.skip("spaCy is installed")
+        with pytest.raises(ToolError, match=r"pip install 'tuneutils\[spacy\]'"):
+            GenderAxis(GenderOptions(tagger="spacy"))
+
+    def test_decides_her_and_his(self) -> None:
+        pytest.importorskip("spacy")
+        assert swap("She gave her book to her. The book is his.", tagger="spacy") == (
+            "He gave his book to him. The book is hers."
+        )
+
+
+@pytest.mark.skipif(not WINOBIAS.is_file(), reason="needs the gold swaps beside the checkout")
+def test_winobias_swaps() -> None:
+    """The issue's goal on gold that this project did not write; abstentions count as errors."""
+    rows = [json.loads(line) for line in WINOBIAS.read_text().splitlines()]
+    exact = sum(str(swap(row["text"])).lower() == row["swapped"].lower() for row in rows)
+    assert exact / len(rows) >= 0.985
