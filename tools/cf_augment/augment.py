@@ -81,7 +81,7 @@ def augment(run: Run[WriteParams]) -> dict[str, Any]:
                     writer.write(record)
                 continue
             try:
-                made = list(twins(record, axes, source, run.seed, params.spans))
+                made = list(twins(record, axes, source, run.seed, params.spans, count=bool(params.report)))
             except ValueError as exc:
                 counts.records -= 1
                 reader.refuse(located, f"field {params.spans!r}: {exc}")
@@ -96,7 +96,7 @@ def augment(run: Run[WriteParams]) -> dict[str, Any]:
             for twin in made:
                 if twin.why is None:
                     counts.twins[twin.axis] += 1
-                    if params.report:
+                    if twin.changes:
                         counts.changes.update(twin.changes)
                     continue
                 counts.abstain(twin, source)

@@ -45,21 +45,15 @@ class Text:
 
     def with_articles(self, edits: list[Edit]) -> list[Edit]:
         """The edits, and *a* or *an* before words that now begin with another sound."""
-        taken = {k for e in edits for k in range(e.start, e.end)}
         more = []
         for start, _, new in edits:
             before = start - 1
-            if before < 0 or self.seps[start] != " " or before in taken:
+            if before < 0:
                 continue
             old = self.words[before]
-            if old.lower() in ("a", "an") and article(self.words[start]) != article(new):
-                more.append(
-                    Edit(
-                        before,
-                        start,
-                        cased_like(article(new), old)
-                        if len(old) > 1 or old == "a"
-                        else article(new).capitalize(),
-                    )
-                )
+            if len(old) > 2 or old.lower() not in ("a", "an") or self.seps[start] != " ":
+                continue
+            right = article(new)
+            if article(self.words[start]) != right:
+                more.append(Edit(before, start, right.capitalize() if old == "A" else cased_like(right, old)))
         return edits + more if more else edits

@@ -141,6 +141,13 @@ class Gender:
         self.options = options
         self.table = table(options.names)
         self._taggers = _taggers(options.tagger)
+        self._targets = {group: self.target(group) for group in OTHER}
+        #: Pronouns in lower case inside a sentence whose counterpart needs no more looking.
+        self.plain = {
+            word: FORMS[target][form]
+            for word, (group, form) in PRONOUNS.items()
+            if form and (target := self._targets[group]) is not None
+        }
 
     def target(self, group: str) -> str | None:
         """What a mention of ``group`` becomes; None if it stays."""
@@ -161,7 +168,7 @@ class Gender:
         Raises:
             Undecided: the text does not say.
         """
-        entry = hit.entry
+        entry = hit.entries[0]
         if entry.kind == "pronoun":
             return self._pronoun(hit, words, seps)
         if entry.kind == "name":
@@ -174,14 +181,17 @@ class Gender:
 
     def _pronoun(self, hit: Hit, words: Sequence[str], seps: Sequence[str]) -> str | None:
         i = hit.start
-        word, entry = words[i], hit.entry
-        target = self.target(entry.group)
-        if target is None or (i and seps[i].strip() in ("/", ")", "/)") and words[i - 1].lower() == "s"):
+        word, entry = words[i], hit.entries[0]
+        target = self._targets[entry.group]
+        if target is None:
             return None
-        if word[0].isupper() and i and seps[i] == " " and not word.isupper() and not _heading(words, i):
+        if seps[i] != " ":
+            if i and seps[i].strip() in ("/", ")", "/)") and words[i - 1].lower() == "s":
+                return None
+        elif i and word.istitle() and not _heading(words, i):
             raise Undecided("deity", f"{word!r} with a capital inside a sentence")
-        form = entry.slot or self._form(i, words, seps)
-        return cased_like(FORMS[target][form], word)
+        new = FORMS[target][entry.slot or self._form(i, words, seps)]
+        return new if word.islower() else cased_like(new, word)
 
     def _form(self, i: int, words: Sequence[str], seps: Sequence[str]) -> str:
         word = words[i].lower()

@@ -28,7 +28,7 @@ class GenderAxis:
         """No version for texts without a term; otherwise versions, or reasons why not."""
         hits = [self.hits(text) for text in found]
         kinds = {h.entries[0].kind for those in hits for h in those}
-        if not kinds - _NOT_SWAPPED:
+        if kinds <= _NOT_SWAPPED:
             return []
         if "pronoun" in kinds and ("deity" in kinds or any(_divine(text.source) for text in found)):
             return [Undecided("deity", "a pronoun may be a deity's")]
@@ -65,13 +65,16 @@ class GenderAxis:
 
     def _edits(self, text: Text, hits: Sequence[Hit], names: dict[str, str]) -> list[Edit]:
         made = []
+        words, seps, plain = text.words, text.seps, self.rules.plain
         for hit in hits:
-            new = self.rules.rewrite(hit, text.words, text.seps, names)
+            new = plain.get(words[hit.start]) if seps[hit.start] == " " else None
+            if new is None:
+                new = self.rules.rewrite(hit, words, seps, names)
             if new is None:
                 continue
             made.append(Edit(hit.start, hit.end, new))
             if self.options.to == "neutral" and hit.entries[0].slot == "subject":
-                made += agreeing(hit.start, text.words, text.seps)
+                made += agreeing(hit.start, words, seps)
         return text.with_articles(made) if made else made
 
     def _each(self, found: Sequence[Text], hits: Sequence[Sequence[Hit]]) -> list[Version | Undecided]:

@@ -6,6 +6,7 @@ Muslims, Muslims become Christians, so that swapping twice gives the original.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class GroupAxis:
             if not open_to:
                 worst = next((e for e in entries if not self._goes_anywhere(e)), entries[0])
                 raise Undecided("no counterpart", f"{worst.text!r} has no counterpart in another group")
-            draw = int.from_bytes(key[:8], "big") + self.groups.index(group)
+            draw = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") + self.groups.index(group)
             other = open_to[draw % len(open_to)]
             made[group] = other
             if other in present:

@@ -117,16 +117,15 @@ class Model:
 
     def __init__(self, weights: Weights) -> None:
         self.bias = weights["bias"][""]
-        self._get = {name: table.get for name, table in weights.items()}
+        self._get = [weights[template].get for template, _ in features("", "", "", "")]
 
     def __call__(self, words: Sequence[str], seps: Sequence[str], i: int) -> float:
         p2, p1, n1, n2 = context(words, seps, i)
         if decided := rule(p2, p1, n1, n2):
             return decided
         score = self.bias
-        get = self._get
-        for template, value in features(p2, p1, n1, n2):
-            score += get[template](value, 0.0)
+        for get, (_, value) in zip(self._get, features(p2, p1, n1, n2)):
+            score += get(value, 0.0)
         return score
 
 

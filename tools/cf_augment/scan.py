@@ -97,16 +97,13 @@ class Table:
             if i < free:
                 continue
             node = nodes[words[i]]
-            end, entries = i + 1, node.alone
-            if node.phrases:
-                for rest, between, those in node.phrases:
-                    if _matches(words, seps, i, rest, between):
-                        end, entries = i + 1 + len(rest), those
-                        break
-            if entries:
-                free = end
-                if entries[0].kind != "none":
-                    found.append(Hit(i, end, entries))
+            free, entries = i + 1, node.alone
+            for rest, between, those in node.phrases:
+                if _matches(words, seps, i, rest, between):
+                    free, entries = i + 1 + len(rest), those
+                    break
+            if entries and entries[0].kind != "none":
+                found.append(Hit(i, free, entries))
         return found
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from tuneutils.shared.streams import Record
 from tuneutils.tools.cf_augment.edits import Edit, Text
@@ -15,8 +15,7 @@ from tuneutils.tools.cf_augment.fields import moved_spans, replaced, texts
 from tuneutils.tools.cf_augment.outcome import Undecided
 
 
-@dataclass(frozen=True)
-class Version:
+class Version(NamedTuple):
     """One way to rewrite the texts of a record: edits by text, and a name to tell it from others."""
 
     name: str
@@ -38,7 +37,7 @@ class Twin:
     axis: str
     record: Record | None = None
     why: Undecided | None = None
-    changes: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] | None = None
 
 
 def identity(record: Record) -> str:
@@ -50,18 +49,21 @@ def identity(record: Record) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
 
-def twins(record: Record, axes: Sequence[Axis], source: str, seed: int, spans: str) -> Iterator[Twin]:
+def twins(
+    record: Record, axes: Sequence[Axis], source: str, seed: int, spans: str, *, count: bool = False
+) -> Iterator[Twin]:
     """The twins of ``record`` under each axis; nothing for an axis of which it has no term.
 
     Args:
         source: the record's id.
         spans: the field of spans to move along.
+        count: note what changed into what.
 
     Raises:
         ValueError: the record's spans point nowhere.
     """
     paths, found = _texts(record)
-    key = hashlib.sha256(f"{seed}:{source}".encode()).digest()
+    key = f"{seed}:{source}".encode("utf-8", "surrogatepass")
     for axis in axes:
         for version in axis.versions(found, key):
             if isinstance(version, Undecided):
@@ -75,7 +77,7 @@ def twins(record: Record, axes: Sequence[Axis], source: str, seed: int, spans: s
             made["id"] = f"{source}#{axis.name}{version.name and '-' + version.name}"
             made["twin_of"] = source
             made["axis"] = axis.name
-            yield Twin(axis.name, made, changes=_changes(found, version))
+            yield Twin(axis.name, made, changes=_changes(found, version) if count else None)
 
 
 def _texts(record: Record) -> tuple[list[Any], list[Text]]:
