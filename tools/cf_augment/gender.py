@@ -6,6 +6,7 @@ section 3.2), so that swapping twice gives the original.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,10 @@ from tuneutils.tools.cf_augment.words import cased_like, word_set
 
 DATA = Path(__file__).with_name("data")
 OTHER = {"female": "male", "male": "female"}
+#: Before a name *Sir* is no *Madam*.
+_KNIGHTED = {"sir": "dame", "dame": "sir"}
+_CROWNED = frozenset(("king", "queen", "prince", "princess", "emperor", "empress", "tsar", "tsarina", "czar"))
+_REGNAL = re.compile(r"[IVX]+")
 _DIVINE = ("god", "lord", "father")
 
 #: Pronoun → (gender, form); ``her`` and ``his`` have two forms, which the tagger tells apart.
@@ -208,7 +213,15 @@ class Gender:
         written = words[i]
         if entry.text in _DIVINE and _divine(i, words, seps):
             return None
+        if entry.text in _CROWNED and _regnal(hit.end, words, seps):
+            raise Undecided("known person", f"{' '.join(words[i : i + 3])!r} is one person of history")
         other = nouns().get((entry.text, target))
+        if (
+            entry.text in _KNIGHTED
+            and target == OTHER[entry.group]
+            and _capital_follows(hit.end, words, seps)
+        ):
+            other = _KNIGHTED[entry.text]
         if other is None:
             raise Undecided("no counterpart", f"{entry.text!r} has no {target} counterpart")
         if entry.kind == "title" and seps[hit.end].startswith("."):
@@ -263,6 +276,16 @@ def part_of_name(hit: Hit, words: Sequence[str], seps: Sequence[str]) -> bool:
         return False
     before = words[i - 1]
     return before[0].isupper() and before.lower() not in _FUNCTION
+
+
+def _capital_follows(i: int, words: Sequence[str], seps: Sequence[str]) -> bool:
+    return i < len(words) and seps[i] == " " and words[i].istitle()
+
+
+def _regnal(i: int, words: Sequence[str], seps: Sequence[str]) -> bool:
+    """A name and a Roman number: *King Charles I*."""
+    number = words[i + 1] if i + 1 < len(words) and seps[i + 1] == " " else ""
+    return _capital_follows(i, words, seps) and _REGNAL.fullmatch(number) is not None
 
 
 def _divine(i: int, words: Sequence[str], seps: Sequence[str]) -> bool:

@@ -14,6 +14,8 @@ _THINGS_AFTER = word_set("things-after")
 _KIN = word_set("kin")
 _SAYS = word_set("says")
 _WORDY_BEFORE = word_set("wordy-before")
+_MOSTLY_NAMES = word_set("mostly-names")
+_MOSTLY_WORDS = word_set("mostly-words")
 _GOES = word_set("goes")
 _WORDY_AFTER = word_set("wordy-after")
 
@@ -44,8 +46,12 @@ def is_name(hit: Hit, words: Sequence[str], seps: Sequence[str], table: Table) -
         return False
     if _is_first_name_before(i, words, seps, table):
         return False
-    if not hit.entry.word:
+    if seps[i + 1] in ("'", "’") and i + 1 < len(words) and words[i + 1].lower() == "t":
+        return False  # Don't
+    if not (hit.entry.word or hit.entry.text in _MOSTLY_WORDS) or hit.entry.text in _MOSTLY_NAMES:
         return True
+    if hit.entry.text in _MOSTLY_WORDS:
+        return titled or low_before in _KIN
     return _word_or_name(hit, words, seps, low_before, low_after, titled or surname_next)
 
 
