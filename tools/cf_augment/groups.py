@@ -25,6 +25,13 @@ from tuneutils.tools.cf_augment.words import cased_like, word_set
 _AGES = re.compile(r"\b\d{1,3}[- ]years?[- ]old|\baged? (?:of )?\d", re.IGNORECASE)
 #: Slots whose terms are no proper nouns, in the axes whose groups have proper names.
 _COMMON = frozenset(("place", "places", "clergy", "house", "scripture", "singular-man"))
+_WITH_THE = frozenset(
+    (
+        "united states", "usa", "us", "u.s.", "u.s", "uk", "u.k.", "united kingdom", "netherlands",
+        "philippines",
+        "dominican republic", "czech republic", "united arab emirates", "maldives", "bahamas", "gambia",
+    )
+)  # fmt: skip
 _PEOPLE = ("adherent", "adjective")
 _PROPER_AXES = ("religion", "nationality")
 _BE = frozenset(("is", "are", "was", "were", "be", "been", "am", "being", "became", "become", "becomes"))
@@ -71,7 +78,7 @@ def table(axis: str) -> Table:
         found.add(Entry(kind, term.text, term.group, term.slot), capital="capital" in term.flags)
     if axis == "ethnicity":
         for name in load_names():
-            if name.ethnicity:
+            if name.ethnicity and name.text not in word_set("deities"):
                 entry = Entry("name", name.text, name.ethnicity, "", bool(name.flags))
                 found.add(entry, capital=True)
     return found
@@ -189,7 +196,8 @@ class GroupAxis:
             new = self._counterpart(hit.entry, group)
             if new is None:
                 raise Undecided("no counterpart", f"{hit.entry.text!r} has none in the group {group!r}")
-            made.append(Edit(hit.start, hit.end, self._cased(new, hit, group, text)))
+            edit = Edit(hit.start, hit.end, self._cased(new, hit, group, text))
+            made.append(_with_the(edit, hit, new, text) if hit.entry.slot == "country" else edit)
         return text.with_articles(made) if made else made
 
     def _cased(self, new: str, hit: Hit, group: str, text: Text) -> str:
@@ -201,8 +209,23 @@ class GroupAxis:
         common = hit.entry.slot in _COMMON
         if not common and group != "atheist":
             return _capitals(new)
-        opens = not hit.start or any(c in text.seps[hit.start] for c in '.!?:\n"“')
-        return cased_like(new, old) if opens or common else new
+        return cased_like(new, old) if common or _opens(hit, text) else new
+
+
+def _with_the(edit: Edit, hit: Hit, new: str, text: Text) -> Edit:
+    """*in the United States* and *in Japan*: the article comes and goes with the country."""
+    k = hit.start - 1
+    before = text.words[k] if k >= 0 and text.seps[hit.start] == " " else ""
+    if hit.entry.text in _WITH_THE and new not in _WITH_THE and before.lower() == "the":
+        return Edit(k, hit.end, edit.new)
+    if new in _WITH_THE and hit.entry.text not in _WITH_THE and before.lower() not in ("the", "a", "an"):
+        return Edit(edit.start, edit.end, f"{'The' if _opens(hit, text) else 'the'} {edit.new}")
+    return edit
+
+
+def _opens(hit: Hit, text: Text) -> bool:
+    """A sentence begins here."""
+    return not hit.start or any(c in text.seps[hit.start] for c in '.!?:\n"“')
 
 
 def _use(hit: Hit, words: Sequence[str], seps: Sequence[str]) -> Entry:

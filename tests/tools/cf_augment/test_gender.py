@@ -77,6 +77,7 @@ def test_swapping_twice_gives_the_original(text: str) -> None:
         ("He was late and has left.", "They were late and have left."),
         ("Her mother saw hers.", "Their parent saw theirs."),
         ("HE WAS LATE.", "THEY WERE LATE."),
+        ("Grandma told the fireman he is a hero.", "Grandparent told the firefighter they are a hero."),
         ("He said she could.", "They said they could."),
     ],
 )

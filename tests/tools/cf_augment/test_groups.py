@@ -35,6 +35,10 @@ def swap(axis: str, text: str, *pair: str, key: bytes = b"\0" * 8) -> str | Unde
             "nationality", "A German engineer from Germany speaks German with two Germans.", ("germany", "france"),
             "A French engineer from France speaks German with two French.",
         ),
+        (
+            "nationality", "The United States and Japan trade.", ("united-states", "japan"),
+            "Japan and the United States trade.",
+        ),
         ("nationality", "French fries and Danish pastry.", (), None),
         ("ethnicity", "Black tea on white paper.", (), None),
         ("ethnicity", "black people and white people", ("black", "white"), "white people and black people"),
