@@ -83,6 +83,9 @@ class Apertium:
             if start < 0:
                 raise Undecided("analysis", f"Apertium lost {surface!r}")
             position = start + len(surface)
+            if "œ" in surface and analysis.startswith("*"):  # its dictionary writes oe
+                again = _UNIT.search(self._read.ask(_escaped(surface.replace("œ", "oe"))))
+                analysis = _plain(again[1]).partition("/")[2] if again else analysis
             found.append(_unit(start, position, surface, analysis))
         return found
 

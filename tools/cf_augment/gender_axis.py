@@ -27,11 +27,13 @@ class GenderAxis:
     def versions(self, found: Sequence[Text], _key: bytes, /) -> list[Version | Undecided]:
         """No version for texts without a term; otherwise versions, or reasons why not."""
         hits = [self.hits(text) for text in found]
-        kinds = {h.entries[0].kind for those in hits for h in those}
+        kinds = {hit[2][0].kind for those in hits for hit in those}
         if kinds <= _NOT_SWAPPED:
             return []
-        if "pronoun" in kinds and ("deity" in kinds or any(_divine(text.source) for text in found)):
-            return [Undecided("deity", "a pronoun may be a deity's")]
+        if "pronoun" in kinds:
+            for text in found:
+                if "deity" in kinds or "God" in text.source or "Lord" in text.source:
+                    return [Undecided("deity", "a pronoun may be a deity's")]
         if self.options.persons == "each":
             return self._each(found, hits)
         made = self._version("", found, hits, hits)
@@ -48,7 +50,8 @@ class GenderAxis:
         self, name: str, found: Sequence[Text], hits: Sequence[Sequence[Hit]], every: Sequence[Sequence[Hit]]
     ) -> Version | Undecided | None:
         """``hits`` rewritten, of ``every`` hit in the texts."""
-        names = {"": self._staying(hits, every)}
+        everybody = self.options.to == "swap" and hits is every
+        names = {"": "" if everybody else self._staying(hits, every)}
         try:
             edits = [self._edits(text, those, names) for text, those in zip(found, hits)]
         except Undecided as why:
@@ -57,8 +60,6 @@ class GenderAxis:
 
     def _staying(self, hits: Sequence[Sequence[Hit]], every: Sequence[Sequence[Hit]]) -> str:
         """First names that keep their bearers, which no other person may get."""
-        if self.options.to == "swap" and hits is every:
-            return ""
         goes = {h.entry.text for those in hits for h in those if self.rules.goes(h.entry)}
         names = {h.entry.text for those in every for h in those if h.entry.kind == "name"}
         return " ".join(sorted(names - goes))
@@ -101,7 +102,3 @@ class GenderAxis:
             if version is not None:
                 made.append(version)
         return made
-
-
-def _divine(source: str) -> bool:
-    return "God" in source or "Lord" in source

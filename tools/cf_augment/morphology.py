@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from tuneutils.shared.lexicons import load
 from tuneutils.tools.cf_augment.apertium import Apertium, Unit
 from tuneutils.tools.cf_augment.edits import Edit, Text
 from tuneutils.tools.cf_augment.outcome import Undecided
@@ -56,15 +57,20 @@ class MorphologyAxis:
                 continue
             new = self._head(units, k)
             if new is not None:
-                heads[k] = _gender(new) if _gender(new) in _OTHER else _OTHER[_gender(units[k - 1])]
+                heads[k] = _gender(new) if _gender(new) in _OTHER else _OTHER[self._shown(units, k)]
                 changed[k] = new
                 self._phrase(units, k, heads[k], changed)
         if not heads:
             return []
         self._refuse(units)
         for k, unit in enumerate(units):
-            if unit.lemma.lower() in _COPULAS and (subject := _subject(units, k)) in heads:
+            if unit.lemma.lower() not in _COPULAS:
+                continue
+            subject = _subject(units, k)
+            if subject in heads:
                 self._predicate(units, k, heads[subject], changed)
+            elif subject >= 0 and (said := _said(units, k)) in heads:
+                raise Undecided("agreement", f"{units[said].surface!r} is said of {units[subject].surface!r}")
         return self._written(text, units, changed)
 
     def _head(self, units: Sequence[Unit], k: int) -> Unit | None:
@@ -91,7 +97,7 @@ class MorphologyAxis:
         try:
             form = self._apertium.generate(made.code)
         except Undecided:
-            if low in side:
+            if low in side or unit.surface.lower() in _people(self.language):
                 raise
             return None
         return made if form.lower() != unit.surface.lower() else None
@@ -128,11 +134,17 @@ class MorphologyAxis:
     def _common(self, units: Sequence[Unit], k: int) -> Unit | None:
         """*el artista*: the noun has one form, its determiner shows the gender."""
         unit = units[k]
-        before = units[k - 1] if k else None
-        if not unit.lemma.lower().endswith(_PERSONAL) or before is None or before.tags[:1] != ("det",):
+        if not unit.lemma.lower().endswith(_PERSONAL):
             return None
-        gender = _gender(before)
+        gender = self._shown(units, k)
         return unit if gender in _OTHER and self._goes(gender) else None
+
+    def _shown(self, units: Sequence[Unit], k: int) -> str:
+        """The gender of the determiner in front of a noun, adjectives between them skipped."""
+        i = k - 1
+        while i >= 0 and units[i].tags[:1] == ("adj",):
+            i -= 1
+        return _gender(units[i]) if i >= 0 and units[i].tags[:1] == ("det",) else ""
 
     def _phrase(self, units: Sequence[Unit], k: int, gender: str, changed: dict[int, Unit]) -> None:
         """Determiners and adjectives in front of the noun, adjectives and participles behind it."""
@@ -149,6 +161,8 @@ class MorphologyAxis:
                 elif (kind == ("adj",) or (step > 0 and "pp" in unit.tags)) and agrees:
                     if _gender(unit) != "mf":
                         changed[i] = self._adjective(unit, gender, number)
+                elif not kind and step > 0 and unit.surface.islower():
+                    raise Undecided("agreement", f"Apertium does not know {unit.surface!r}")
                 elif kind not in (("adv",), ("preadv",), ("num",), ("adj",)):
                     break
                 i += step
@@ -157,6 +171,8 @@ class MorphologyAxis:
         for i in range(k + 1, len(units)):
             unit = units[i]
             kind = unit.tags[:1]
+            if not unit.tags:
+                raise Undecided("agreement", f"Apertium does not know {unit.surface!r}")
             if kind == ("adj",) or "pp" in unit.tags:
                 if _gender(unit) in _OTHER:
                     changed[i] = self._adjective(unit, gender, "sg")
@@ -201,6 +217,7 @@ class MorphologyAxis:
             ]  # fmt: skip
             new = self._apertium.generate(coded)
             if self.language == "fr":
+                new = new.replace("soeur", "sœur")
                 new = _BEFORE_VOWEL.sub(lambda m: _PLAIN[m[0].lower()], new)
             edits.append(Edit(words[0], words[-1] + 1, new))
             k = last + 1
@@ -213,6 +230,21 @@ def _gender(unit: Unit) -> str:
 
 def _number(unit: Unit) -> str:
     return next((t for t in unit.tags if t in ("sg", "pl", "sp")), "")
+
+
+def _said(units: Sequence[Unit], k: int) -> int:
+    """The noun behind a copula: *es un buen médico*; -1 if there is none."""
+    for i in range(k + 1, len(units)):
+        if units[i].tags[:1] == ("n",):
+            return i
+        if units[i].tags[:1] not in (("det",), ("adj",), ("adv",), ("preadv",), ("num",)):
+            break
+    return -1
+
+
+@cache
+def _people(language: str) -> frozenset[str]:
+    return frozenset(term.text for term in load("gender", language).terms)
 
 
 def _subject(units: Sequence[Unit], k: int) -> int:

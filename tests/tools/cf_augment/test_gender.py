@@ -85,6 +85,22 @@ def test_verbs_agree_with_singular_they(text: str, neutral: str) -> None:
     assert swap(text, to="neutral") == neutral
 
 
+@pytest.mark.parametrize("rest", ["knew it was too late", "was already dead"])
+@pytest.mark.parametrize("patient", ["the passenger", "someone"])
+def test_winogender_schemas(rest: str, patient: str) -> None:
+    """Rudinger et al. 2018, figure 1: the same sentence with each of the three pronouns."""
+    she, he, they = (
+        f"The paramedic performed CPR on {patient} even though {pronoun} {verbs}."
+        for pronoun, verbs in (
+            ("she", rest),
+            ("he", rest),
+            ("they", rest.replace("was already", "were already")),
+        )
+    )
+    assert (swap(she), swap(he)) == (he, she)
+    assert (swap(she, to="neutral"), swap(he, to="neutral")) == (they, they)
+
+
 @pytest.mark.parametrize("text", ["He likes cats and dogs.", "He's finished."])
 def test_undecided_agreement_abstains(text: str) -> None:
     assert isinstance(swap(text, to="neutral"), Undecided)

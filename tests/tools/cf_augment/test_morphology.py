@@ -26,6 +26,8 @@ def axis(request: pytest.FixtureRequest) -> MorphologyAxis:
 
 SENTENCES = {
     "es": [
+        # Zmigrod et al. 2019, figure 1
+        ("El ingeniero alemán es muy experto.", "La ingeniera alemana es muy experta."),
         ("El abogado famoso está cansado.", "La abogada famosa está cansada."),
         ("Vi al niño y a la niña.", "Vi a la niña y al niño."),
         ("El director del museo está cansado.", "La directora del museo está cansada."),
@@ -33,6 +35,8 @@ SENTENCES = {
         ("Los hombres altos fueron elegidos.", "Las mujeres altas fueron elegidas."),
         ("Ella está contenta.", "Él está contento."),
         ("El artista es bueno.", "La artista es buena."),
+        ("Mi hermano mayor es un buen médico.", "Mi hermana mayor es una buena médica."),
+        ("La mujer que vi ayer era rubia.", "El hombre que vi ayer era rubio."),
         ("La mesa es roja.", "La mesa es roja."),
     ],
     "fr": [
@@ -42,6 +46,10 @@ SENTENCES = {
         ("Le directeur est vieux.", "La directrice est vieille."),
         ("Elle a vu sa mère et cet homme.", "Il a vu son père et cette femme."),
         ("Un garçon est allé au marché.", "Une fille est allée au marché."),
+        ("Mon frère est un bon médecin.", "Ma sœur est un bon médecin."),
+        ("Sa sœur est contente.", "Son frère est content."),
+        ("Les filles sont belles.", "Les garçons sont beaux."),
+        ("Le voisin de ma tante est allemand.", "La voisine de mon oncle est allemande."),
         ("Il pleut.", "Il pleut."),
     ],
 }
@@ -58,11 +66,17 @@ def test_what_agrees_changes_and_nothing_else(axis: MorphologyAxis) -> None:
 
 @needs_apertium
 @pytest.mark.parametrize(
-    ("text", "kind"),
-    [("María es abogada.", "name"), ("La casa es vieja. Ella es fea.", "pronoun"), ("Él la vio.", "pronoun")],
+    ("language", "text", "kind"),
+    [
+        ("es", "María es abogada.", "name"),
+        ("es", "La casa es vieja. Ella es fea.", "pronoun"),
+        ("es", "Él la vio.", "pronoun"),
+        ("es", "El jefe está enfadado.", "agreement"),
+        ("fr", "Mon frère aîné dort.", "agreement"),
+    ],
 )
-def test_abstains(text: str, kind: str) -> None:
-    (made,) = MorphologyAxis("es", "swap").versions([Text(text)], b"")
+def test_abstains(language: str, text: str, kind: str) -> None:
+    (made,) = MorphologyAxis(language, "swap").versions([Text(text)], b"")
     assert isinstance(made, Undecided)
     assert made.kind == kind
 
@@ -72,7 +86,7 @@ def test_marks_of_the_stream_format_go_through() -> None:
     text = Text("El [niño] ^come$ <b>pan</b> / @ 100 \\ {x} y 🙂 ríe.")
     (made,) = MorphologyAxis("es", "swap").versions([text], b"")
     assert not isinstance(made, Undecided)
-    assert text.written(made.edits[0]) == text.source.replace("El [niño]", "El [niña]").replace("El", "El")
+    assert text.written(made.edits[0]) == text.source.replace("niño", "niña")
 
 
 def test_without_apertium(
