@@ -91,6 +91,7 @@ _NOUNS_IN_LY = word_set("nouns-in-ly")
 _OWNED = word_set("owned")
 _KIN = word_set("kin")
 _SAYS = word_set("says")
+_TIMES = word_set("times")
 _DECIDED = 20.0
 
 
@@ -98,8 +99,10 @@ def rule(p2: str, p1: str, n1: str, n2: str) -> float:
     """Log-odds where grammar alone decides what follows a determiner; 0 where it does not."""
     if p1 == "of" and p2 in _KIN and (n1[-2:] == "ed" or n1 in _SAYS):
         return -_DECIDED
-    if n1 in ("or", "and") and n2 in ("her", "his", "their"):
+    if n1 == "or" and n2 in ("her", "his", "their"):
         return _DECIDED
+    if n1 in ("last", "next", "one", "each") and n2 in _TIMES:  # met her last week
+        return -_DECIDED
     if n1 in _CLOSED or not (n1.isalpha() or n1 == "0"):
         return -_DECIDED
     if n1 in _OWNED:
