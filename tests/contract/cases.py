@@ -123,6 +123,7 @@ CASES = [
         makes="stream",
         output="out.jsonl",
         stdin=True,
+        paths=("--lexicon",),
     ),
     Case("cf-augment eval", lambda a: [gold_swaps(a)], lambda _: ["--split", "all"], stdin=True),
     Case(

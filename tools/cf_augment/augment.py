@@ -64,6 +64,7 @@ def augment(run: Run[WriteParams]) -> dict[str, Any]:
     params = run.params
     axes = make_axes(params)
     inputs = [describe_input("records", path) for path in run.inputs]
+    inputs += [describe_input("lexicon", path) for path in params.lexicon]
     check_stream(run, inputs)
     quarantine = f"{run.output}.quarantine.jsonl" if run.output not in (None, "-") else None
     reader = Reader(run.inputs, on_error=run.on_error, quarantine=quarantine, validate=validate)

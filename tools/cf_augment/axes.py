@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.lexicons import Lexicon, load, load_file
 from tuneutils.tools.cf_augment.gender import GenderOptions
 from tuneutils.tools.cf_augment.gender_axis import GenderAxis
 from tuneutils.tools.cf_augment.groups import GroupAxis, parse_pairs
@@ -21,17 +22,21 @@ def make_axes(params: WriteParams) -> list[Axis]:
     names = list(dict.fromkeys(params.axis))
     if params.lang != "en" and names != ["gender"]:
         raise ToolError(f"--lang {params.lang} has the axis gender only", code=ExitCode.USAGE)
-    if params.pair and all(name == "gender" for name in names):
+    if params.pair and not params.lexicon and all(name == "gender" for name in names):
         raise ToolError("--pair is for axes other than gender: use --to", code=ExitCode.USAGE)
     made: list[Axis] = []
+    lexicons: list[Lexicon] = []
     used = 0
     for name in names:
         if name == "gender":
             made.append(_gender(params))
             continue
-        pairs = parse_pairs(name, params.pair)
+        lexicons.append(load(name))
+    lexicons += [load_file(path) for path in params.lexicon]
+    for lexicon in lexicons:
+        pairs = parse_pairs(lexicon, params.pair)
         used += len(pairs)
-        made.append(GroupAxis(name, pairs))
+        made.append(GroupAxis(lexicon, pairs))
     if used < len(params.pair):
         raise ToolError(
             f"--pair {params.pair[-1]!r}: no group of {', '.join(names)}; see --axis", code=ExitCode.USAGE

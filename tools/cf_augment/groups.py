@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from tuneutils.shared.errors import ExitCode, ToolError, nearest
-from tuneutils.shared.lexicons import NO_GROUP, Lexicon, Term, load, load_names
+from tuneutils.shared.lexicons import NO_GROUP, Lexicon, load, load_names
 from tuneutils.tools.cf_augment import gender
 from tuneutils.tools.cf_augment.edits import Edit, Text
 from tuneutils.tools.cf_augment.names import is_name
@@ -32,7 +32,6 @@ _WITH_THE = frozenset(
         "dominican republic", "czech republic", "united arab emirates", "maldives", "bahamas", "gambia",
     )
 )  # fmt: skip
-_PEOPLE = ("adherent", "adjective")
 _PROPER_AXES = ("religion", "nationality")
 _BE = frozenset(("is", "are", "was", "were", "be", "been", "am", "being", "became", "become", "becomes"))
 _SAYS = word_set("says")
@@ -69,14 +68,13 @@ def names() -> Names:
     return Names({k: tuple(v) for k, v in lists.items()}, places)
 
 
-@cache
-def table(axis: str) -> Table:
+def table(lexicon: Lexicon) -> Table:
     """All terms of an axis, and for ethnicity the names."""
     found = Table()
-    for term in load(axis).terms:
+    for term in lexicon.terms:
         kind = "none" if term.group == NO_GROUP else "term"
         found.add(Entry(kind, term.text, term.group, term.slot), capital="capital" in term.flags)
-    if axis == "ethnicity":
+    if lexicon.name == "ethnicity":
         for name in load_names():
             if name.ethnicity and name.text not in word_set("deities"):
                 entry = Entry("name", name.text, name.ethnicity, "", bool(name.flags))
@@ -84,33 +82,39 @@ def table(axis: str) -> Table:
     return found
 
 
-@cache
-def terms(axis: str) -> dict[tuple[str, str, str], Term]:
-    """(text, group, slot) → term."""
-    return {(t.text, t.group, t.slot): t for t in load(axis).terms}
-
-
-@cache
-def _adjective(axis: str, group: str) -> str | None:
-    """The adjective of a group that names its people too: *Muslim* before *Islamic*."""
-    found = {s: [t.text for t in load(axis).terms if (t.group, t.slot) == (group, s)] for s in _PEOPLE}
-    return next((text for text in found["adjective"] if text in found["adherent"]), None)
+def counterparts(lexicon: Lexicon) -> dict[tuple[str, str, str], dict[str, str]]:
+    """(text, group, slot) → counterparts by group; of adjectives, one that names people too comes first."""
+    first: dict[tuple[str, str], str] = {}
+    for term in lexicon.terms:
+        first.setdefault((term.slot, term.group), term.text)
+    people = {(t.text, t.group) for t in lexicon.terms if t.slot == "adherent"}
+    for term in reversed(lexicon.terms):
+        if term.slot == "adjective" and (term.text, term.group) in people:
+            first["adjective", term.group] = term.text
+    return {
+        (t.text, t.group, t.slot): {
+            group: first[t.slot, group]
+            for group in lexicon.groups
+            if t.slot and group != t.group and (t.slot, group) in first
+        }
+        for t in lexicon.terms
+    }
 
 
 class GroupAxis:
     """An axis of any number of groups.
 
     Args:
-        name: the axis.
+        lexicon: the axis by name, or a lexicon of one's own.
         pairs: the only exchanges to make; without any, each record draws its own.
     """
 
-    def __init__(self, name: str, pairs: Sequence[tuple[str, str]] = ()) -> None:
-        self.name = name
-        self.lexicon: Lexicon = load(name)
-        self.groups = self.lexicon.groups
+    def __init__(self, lexicon: str | Lexicon, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        lexicon = load(lexicon) if isinstance(lexicon, str) else lexicon
+        self.name, self.groups = lexicon.name, lexicon.groups
+        self._table, self._counterparts = table(lexicon), counterparts(lexicon)
         self.fixed = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
-        self._first_names = gender.table(True) if name == "ethnicity" else None
+        self._first_names = gender.table(True) if self.name == "ethnicity" else None
 
     def versions(self, found: Sequence[Text], key: bytes, /) -> list[Version | Undecided]:
         """One version, or the reason why not, for texts with a term; none for others."""
@@ -128,7 +132,7 @@ class GroupAxis:
 
     def _hits(self, text: Text) -> list[Hit]:
         words, seps = text.words, text.seps
-        hits = table(self.name).hits(words, seps)
+        hits = self._table.hits(words, seps)
         if hits and (spans := protected(text.source)):
             hits = outside(hits, words, seps, spans)
         kept = []
@@ -181,11 +185,7 @@ class GroupAxis:
     def _counterpart(self, entry: Entry, group: str) -> str | None:
         if entry.kind == "name":
             return names().counterpart(entry.text, group)
-        term = terms(self.name)[entry.text, entry.group, entry.slot]
-        if entry.slot == "adjective" and (both := _adjective(self.name, group)):
-            return both
-        other = self.lexicon.counterparts(term).get(group)
-        return other.text if other else None
+        return self._counterparts[entry.text, entry.group, entry.slot].get(group)
 
     def _edits(self, text: Text, hits: Sequence[Hit], exchange: Mapping[str, str]) -> list[Edit]:
         made = []
@@ -257,13 +257,13 @@ def _capitals(text: str) -> str:
     return re.sub(r"(?<![\w'])(?!of\b|the\b|and\b)\w", lambda m: m[0].upper(), text)
 
 
-def parse_pairs(axis: str, given: Sequence[str]) -> list[tuple[str, str]]:
+def parse_pairs(lexicon: Lexicon, given: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of ``--pair`` whose groups are this axis's.
 
     Raises:
         ToolError: (2) one that is no pair, or names one group of the axis and one that is not.
     """
-    groups = load(axis).groups
+    groups = lexicon.groups
     found = []
     for text in given:
         a, mark, b = text.partition("=")
@@ -272,7 +272,7 @@ def parse_pairs(axis: str, given: Sequence[str]) -> list[tuple[str, str]]:
         if (a in groups) != (b in groups):
             wrong = b if a in groups else a
             raise ToolError(
-                f"--pair {text!r}: {axis} has no group {wrong!r}{nearest(wrong, groups)}; "
+                f"--pair {text!r}: {lexicon.name} has no group {wrong!r}{nearest(wrong, groups)}; "
                 f"it has {', '.join(groups)}",
                 code=ExitCode.USAGE,
             )

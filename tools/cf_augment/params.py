@@ -40,6 +40,11 @@ class WriteParams:
         help="Other axes: swap only these two groups, e.g. christian=muslim. Repeatable.",
         metavar="GROUP=GROUP",
     )
+    lexicon: tuple[str, ...] = option(
+        (),
+        help="File of one's own terms, a further axis: tab-separated term, group, slot, flags. Repeatable.",
+        metavar="FILE",
+    )
     min_confidence: float = option(
         0.6, help="Abstain where the tagger's probability for a pronoun's use is below this.", min=0.5, max=1
     )

@@ -192,3 +192,33 @@ class TestEval:
         sides = [held_out(f"she {i}", f"he {i}") for i in range(400)]
         assert sides == [held_out(f"he {i}", f"she {i}") for i in range(400)]
         assert 60 < sum(sides) < 140  # a quarter
+
+
+class TestLexicon:
+    def test_a_list_of_ones_own(self, augment: Augment) -> None:
+        Path("teams.tsv").write_text("term\tgroup\tslot\nred fan\tred\tfan\nblue fan\tblue\tfan\n")
+        rows = run(augment, [{"text": "A red fan saw her."}], "--lexicon", "teams.tsv", "--mode", "twins")
+        assert {r["axis"]: r["text"] for r in rows} == {
+            "gender": "A red fan saw him.",
+            "teams": "A blue fan saw her.",
+        }
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("term\tgruop\nx\ty\n", "teams.tsv:1: unknown column 'gruop' (did you mean 'group'?)"),
+            ("term\tgroup\tflags\nx\ty\tcapitol\n", "teams.tsv:2: unknown flag 'capitol'"),
+            ("term\tgroup\nx\n", "teams.tsv:2: needs a term and a group"),
+        ],
+    )
+    def test_a_list_with_an_error(self, augment: Augment, text: str, says: str) -> None:
+        Path("teams.tsv").write_text(text)
+        write_jsonl(Path("in.jsonl"), [{"text": "x"}])
+        done = augment("in.jsonl", "--lexicon", "teams.tsv")
+        assert (done.code, says in done.error) == (65, True), done.error
+
+
+def test_bytes_that_are_no_utf8_are_named(augment: Augment) -> None:
+    Path("in.jsonl").write_bytes(b'{"text": "She left."}\n{"text": "caf\xe9"}\n')
+    done = augment("in.jsonl", "-o", "out.jsonl")
+    assert (done.code, "in.jsonl:2: not UTF-8: byte 0xe9" in done.error) == (65, True)
