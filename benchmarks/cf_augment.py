@@ -28,6 +28,7 @@ Rewrite = Callable[[list[str]], list[str | None]]
 OURS = ("cf-augment", "dictionary, her → him", "dictionary, her → his")
 PEERS = ("nlpaug ReservedAug", "spaCy tags")
 PASSES = 5
+TRAPS = Path(__file__).parents[1] / "tests" / "tools" / "cf_augment" / "gold_traps.jsonl"
 PAIRS = {
     "he": "she",
     "him": "her",
@@ -123,6 +124,7 @@ def work(engine: str, gold: Path) -> None:
     """In the engine's process: warm up, time, print one JSON line."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows = [json.loads(line) for line in gold.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["swapped"] is not None]
     texts = [row["text"] for row in rows]
     rewrite = ENGINES[engine]()
     rewrite(texts)
@@ -161,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("gold", type=Path)
+    parser.add_argument("gold", type=Path, nargs="?", default=TRAPS, help="default: the tests' own traps")
     parser.add_argument("--peers", help="python with nlpaug and spaCy")
     parser.add_argument("--langtest", help="python with langtest")
     parser.add_argument("--bulk", type=int, default=0, help="records for the command itself")

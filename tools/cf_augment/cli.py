@@ -21,9 +21,9 @@ def write(run: Run[WriteParams]) -> Summary:
     """Write RECORDS with counterfactual twins: the same texts about people of another group.
 
     Names, pronouns and nouns of one person change together, verbs and articles agree, casing, chat roles,
-    labels and spans are kept, code and addresses left alone. A twin has the source's id in twin_of. Where
-    the text does not decide, there is no twin; the reason is counted, shown by --report and kept by
-    --abstained.
+    labels and spans are kept, code and addresses left alone. A twin has the source's id in twin_of
+    and what was swapped in twin_axis. Where the text does not decide, there is no twin; the reason is
+    counted, shown by --report and kept by --abstained.
     """
     from tuneutils.tools.cf_augment.augment import augment
 

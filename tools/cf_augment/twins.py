@@ -76,7 +76,7 @@ def twins(
                 continue
             made["id"] = f"{source}#{axis.name}{version.name and '-' + version.name}"
             made["twin_of"] = source
-            made["axis"] = axis.name
+            made["twin_axis"] = axis.name
             yield Twin(axis.name, made, changes=_changes(found, version) if count else None)
 
 

@@ -198,7 +198,7 @@ class TestLexicon:
     def test_a_list_of_ones_own(self, augment: Augment) -> None:
         Path("teams.tsv").write_text("term\tgroup\tslot\nred fan\tred\tfan\nblue fan\tblue\tfan\n")
         rows = run(augment, [{"text": "A red fan saw her."}], "--lexicon", "teams.tsv", "--mode", "twins")
-        assert {r["axis"]: r["text"] for r in rows} == {
+        assert {r["twin_axis"]: r["text"] for r in rows} == {
             "gender": "A red fan saw him.",
             "teams": "A blue fan saw her.",
         }
