@@ -6,12 +6,15 @@ and ``apertium-fr-es``). They run as processes of their own for as long as the t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +23,7 @@ from tuneutils.tools.cf_augment.outcome import Undecided
 
 #: Language → direction whose analyser reads it, and the one whose generator writes it.
 DIRECTIONS = {"es": ("es-fr", "fr-es"), "fr": ("fr-es", "es-fr")}
+_PIPE = 1 << 13
 _UNIT = re.compile(r"\^((?:[^$\\]|\\.)*)\$")
 _SPECIAL = re.compile(r"([\\^$/<>{}\[\]@~])")
 
@@ -68,6 +72,7 @@ class Apertium:
         contractor = ["lt-proc", "-z", "-p", str(data / f"{writes}.autopgen.bin")]
         self._read = _Chain([analyser, tagger])
         self._write = _Chain([generator, contractor])
+        self._forms = lru_cache(maxsize=1 << 16)(self._write.ask)
 
     def analyse(self, text: str) -> list[Unit]:
         """The units of a text, each with the tagger's choice.
@@ -95,7 +100,7 @@ class Apertium:
         Raises:
             Undecided: there is no such form.
         """
-        written = self._write.ask(coded)
+        written = self._forms(coded)
         if "#" in written or "@" in written:
             raise Undecided("no counterpart", f"Apertium has no form for {coded[:60]}")
         return _plain(written).replace("~", "")
@@ -131,18 +136,21 @@ class _Chain:
         first, last = self._processes[0].stdin, self._processes[-1].stdout
         assert first is not None
         assert last is not None
-        # Apertium's blanks must not end the text: a mark of our own does.
-        try:
-            first.write(text.encode("utf-8") + b"\n\0")
-            first.flush()
-        except BrokenPipeError:
-            raise _ended() from None
+        data = text.encode("utf-8", "replace") + b"\n\0"
+        sender = None
+        if len(data) > _PIPE:  # the pipes would fill, and both sides wait
+            sender = threading.Thread(target=_send, args=(first, data), daemon=True)
+            sender.start()
+        else:
+            _send(first, data)
         answer = bytearray()
         while not answer.endswith(b"\0"):
             block = os.read(last.fileno(), 1 << 16)
             if not block:
                 raise _ended()
             answer += block
+        if sender is not None:
+            sender.join()
         return answer[:-1].decode("utf-8").rstrip("\n")
 
     def __del__(self) -> None:
@@ -150,6 +158,12 @@ class _Chain:
             if process.stdin is not None:
                 process.stdin.close()
             process.terminate()
+
+
+def _send(sink: IO[bytes], data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the end of the answer says it
+        sink.write(data)
+        sink.flush()
 
 
 def _ended() -> ToolError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -211,15 +212,13 @@ class MorphologyAxis:
                 coded += changed.get(i, units[i]).code
                 if i < last:
                     coded += text.source[units[i].end : units[i + 1].start] or " "
-            words = [
-                w for w, start in enumerate(at)
-                if units[first].start <= start and start + len(text.words[w]) <= units[last].end
-            ]  # fmt: skip
+            begin = bisect_left(at, units[first].start)
+            end = bisect_left(at, units[last].end)
             new = self._apertium.generate(coded)
             if self.language == "fr":
                 new = new.replace("soeur", "sœur")
                 new = _BEFORE_VOWEL.sub(lambda m: _PLAIN[m[0].lower()], new)
-            edits.append(Edit(words[0], words[-1] + 1, new))
+            edits.append(Edit(begin, end, new))
             k = last + 1
         return edits
 

@@ -89,6 +89,14 @@ def test_marks_of_the_stream_format_go_through() -> None:
     assert text.written(made.edits[0]) == text.source.replace("niño", "niña")
 
 
+@needs_apertium
+def test_a_text_longer_than_the_pipes_hold() -> None:
+    text = Text("El abogado famoso está cansado. " * 2000)
+    (made,) = MorphologyAxis("es", "swap").versions([text], b"")
+    assert not isinstance(made, Undecided)
+    assert text.written(made.edits[0]) == "La abogada famosa está cansada. " * 2000
+
+
 def test_without_apertium(
     click_cli: Callable[..., Result], workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
