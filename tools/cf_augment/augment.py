@@ -102,7 +102,7 @@ def augment(run: Run[WriteParams]) -> dict[str, Any]:
                     continue
                 counts.abstain(twin, source)
                 if kept is not None:
-                    kept.write({**record, "axis": twin.axis, "reason": twin.why.reason})
+                    kept.write({**record, "twin_axis": twin.axis, "reason": twin.why.reason})
             counts.untouched += not made
     metrics = counts.as_json() | {"refused": reader.stats.refused}
     _finish(run, counts, metrics, inputs)

@@ -136,7 +136,12 @@ def test_report_and_abstentions(augment: Augment) -> None:
     assert said["changes"] == {"her → his": 1, "she → he": 1}
     kept = [json.loads(line) for line in Path("no.jsonl").read_text().splitlines()]
     assert kept == [
-        {"id": "a", "text": "She is pregnant.", "axis": "gender", "reason": "'pregnant' goes with one sex"}
+        {
+            "id": "a",
+            "text": "She is pregnant.",
+            "twin_axis": "gender",
+            "reason": "'pregnant' goes with one sex",
+        }
     ]
 
 
