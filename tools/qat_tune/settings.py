@@ -14,7 +14,7 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.device import resolve_device
 from tuneutils.tools.qat_tune.params import Params
 
-LEARNING_RATES = {"full": 5e-5, "lora": 5e-4}
+LEARNING_RATES = {"full": 1e-4, "lora": 1e-3}
 SCALE_RATE = 1e-3
 
 
