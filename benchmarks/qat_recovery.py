@@ -3,7 +3,7 @@
     python benchmarks/rescaled.py artifacts/base -o artifacts/rescaled
     python benchmarks/qat_recovery.py artifacts/rescaled --train TRAIN.jsonl --heldout HELD.jsonl
 
-Each seed is a run of the command; float, rounded (to nearest, the same grid) and trained are judged in it on the
+Each seed is a run of the command, which judges float, rounded (to nearest, the same grid) and trained on the
 same held-out records, with 95 % bootstrap intervals over records. Options after ``--`` go to qat-tune.
 """
 
