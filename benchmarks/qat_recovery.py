@@ -4,7 +4,7 @@
     python benchmarks/qat_recovery.py artifacts/rescaled --train TRAIN.jsonl --heldout HELD.jsonl
 
 Each seed is a run of the command, which judges float, rounded (to nearest, the same grid) and trained on the
-same held-out records, with 95 % bootstrap intervals over records. Options after ``--`` go to qat-tune.
+same held-out records, with 95 % bootstrap intervals over records. What follows ``--options`` goes to qat-tune.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("options", nargs="*", default=["--learning-rate", "2e-4"])
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=["--learning-rate", "2e-4"], help="of qat-tune; last"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         reports = {seed: run(args, seed, Path(folder)) for seed in args.seeds}
