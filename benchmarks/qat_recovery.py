@@ -4,7 +4,7 @@
     python benchmarks/qat_recovery.py artifacts/rescaled --train TRAIN.jsonl --heldout HELD.jsonl
 
 Each seed is a run of the command, which judges float, rounded (to nearest, the same grid) and trained on the
-same held-out records, with 95 % bootstrap intervals over records. What follows ``--options`` goes to qat-tune.
+same held-out records, with 95 % bootstrap intervals over records. What follows ``--options`` is of qat-tune.
 """
 
 from __future__ import annotations
