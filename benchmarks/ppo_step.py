@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="of ppo-run")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="of ppo-run")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--response-length", type=int, default=53)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))

@@ -58,11 +58,11 @@ def memory_estimate(params: Params, config: Any, counts: dict[str, int], itemsiz
     """
     total, trainable = counts["total"], counts["trainable"]
     full, has_model = params.method == "full", kind_of(params.reward) == "model"
-    stored = 4 if full else itemsize
-    copies = 2 if full else 1
-    weights = total * stored * copies + (total * (itemsize + 4 * full) if has_model else 0)
+    stored = 4 + itemsize if full else itemsize  # the reference is in the precision of the products
+    weights = total * stored + (total * (itemsize + 4 * full) if has_model else 0)
     learnt = trainable * (2 if has_model and params.value != "policy" else 1)
     tokens = params.micro_batch_size * 2 * params.max_new_tokens
     activations = tokens * config.hidden_size * 17 * itemsize * config.num_hidden_layers
     chunk_of_logits = 2 * 32 * 2**20
-    return int(weights + 12 * learnt + activations + chunk_of_logits)
+    learning = 10 if full and itemsize == 2 else 12  # gradient and moments, the first in bfloat16
+    return int(weights + learning * learnt + activations + chunk_of_logits)
