@@ -100,15 +100,21 @@ def test_row_18_kl_is_zero_on_pads(tiny_model: Path) -> None:
     assert said.mask.sum().item() == sum(r for _, r in UNEVEN)
 
 
-def test_row_10_dropout_is_off(tmp_path: Path) -> None:
-    """A model whose config asks for dropout, put into training mode by someone, still repeats bit for bit."""
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_row_10_dropout_is_off(method: str, tmp_path: Path) -> None:
+    """Models whose configs ask for dropout repeat bit for bit: policy, reference, value and reward model."""
     model = build_tiny_model(tmp_path / "dropout", attention_dropout=0.5)
-    actors = actors_of(model, method="lora")
+    reward = reward_model_of(build_reward_model(tmp_path / "rm", model, attention_dropout=0.5), model)
+    actors = actors_of(model, reward, method=method, value="reward")
+    perturb(actors)
     episodes = episodes_of(UNEVEN)
     first, second = (score(actors, episodes, [[0, 1, 2, 3, 4]], Processes()) for _ in range(2))
-    assert torch.equal(first.logprobs, second.logprobs)
-    assert torch.equal(first.values, second.values)
-    assert not any(m.training for m in actors.policy.modules())
+    for name in ("logprobs", "ref_logprobs", "values", "entropy"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert not torch.equal(first.logprobs, first.ref_logprobs)
+    texts = [[*e.prompt.ids, *e.response_ids] for e in episodes]
+    assert torch.equal(reward.scores(texts), reward.scores(texts))
+    assert not any(m.training for whole in (actors.policy, actors.value) for m in whole.modules())
 
 
 def test_row_11_the_models_own_generation_config_is_ignored(tmp_path: Path) -> None:

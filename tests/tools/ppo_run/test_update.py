@@ -237,6 +237,10 @@ def test_row_34_logits_of_a_whole_batch_never_exist(tmp_path: Path) -> None:
     with Largest() as forward:
         logprobs, values, _ = actors.policy_logprobs(batch)
         (logprobs.sum() + values.sum()).backward()
+        with torch.no_grad():
+            actors.policy_logprobs(batch, with_entropy=True)
+        with actors.reference_in_place():
+            actors.reference_logprobs(batch)
     weights = vocabulary * 16
     chunk = (32 << 20) // 4
     assert forward.elements <= max(weights, chunk) < 8 * 100 * vocabulary / 5
