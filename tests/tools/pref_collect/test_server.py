@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import sqlite3
+import ssl
+import subprocess
 import time
 import uuid
 from collections.abc import Callable
@@ -24,6 +27,36 @@ JSON = {"accept": "application/json"}
 def stored(tmp_path: Path) -> list[tuple[Any, ...]]:
     with sqlite3.connect(tmp_path / "study.db") as db:
         return db.execute("SELECT submission_id, withdrawn FROM answer ORDER BY id").fetchall()
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate of this machine, and its key."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    subprocess.run(
+        [*line.split(), *names, "-out", cert, "-keyout", key], check=True, capture_output=True, timeout=60
+    )
+    return cert, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_https_with_a_certificate_of_ones_own(
+    serve: Callable[..., Any], candidates: Any, tmp_path: Path
+) -> None:
+    """The certificate verifies, the cookie is for HTTPS and this host alone, and an answer is stored."""
+    cert, key = certificate(tmp_path)
+    served = serve(candidates(1), "--tls-cert", str(cert), "--tls-key", str(key))
+    assert served.url.startswith("https://")
+    with httpx.Client(base_url=served.url) as stranger, pytest.raises(httpx.ConnectError, match="verify"):
+        stranger.get("/login")
+    rater = served.client(served.tokens["rater-0"], verify=ssl.create_default_context(cafile=str(cert)))
+    cookie = rater.login.headers["set-cookie"]
+    assert cookie.startswith("__Host-pref-collect=")
+    assert "secure" in cookie.lower()
+    assert "max-age=" in rater.login.headers["strict-transport-security"]
+    assert rater.answer(rater.page()).status_code == 200
+    assert len(stored(tmp_path)) == 1
 
 
 class TestLogin:
