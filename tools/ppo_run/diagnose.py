@@ -71,8 +71,8 @@ DIAGNOSES: dict[str, tuple[Callable[[Sequence[Line], Params], bool], str]] = {
     ),
     "exploding-kl": (
         _exploding_kl,
-        "the KL from the reference explodes, the reward is being hacked: raise --kl-coef or lower "
-        "--learning-rate",
+        "the KL from the reference explodes: raise --kl-coef or lower --learning-rate, and read the samples, "
+        "which show whether the reward is being hacked",
     ),
     "length": (
         _too_long,

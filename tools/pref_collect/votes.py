@@ -157,6 +157,11 @@ def votes_of_stream(run: Run[Any], given: str) -> Votes:
 
 def check_vote(row: Record) -> None:
     """Raises ValueError for a record that is no vote."""
+    if lacking := [name for name in ("item", "rater", "value") if name not in row]:
+        raise ValueError(
+            f"is no vote, lacks {', '.join(lacking)}: give the database of pref-collect serve, or the output "
+            "of simulate"
+        )
     candidate = candidate_of(
         {k: v for k, v in row.items() if k in ("prompt", "completion", "completion_a", "completion_b")}
     )

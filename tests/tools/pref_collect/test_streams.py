@@ -149,6 +149,15 @@ class TestExport:
         assert done.error.startswith("votes.jsonl:2: ")
         assert says in done.error
 
+    @pytest.mark.parametrize("command", ["export", "report"])
+    def test_preferences_are_no_votes(
+        self, workdir: Path, click_cli: Callable[..., Any], command: str
+    ) -> None:
+        write_jsonl(Path("pairs.jsonl"), [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+        done = click_cli("pref-collect", command, "pairs.jsonl", "-o", "out")
+        assert done.code == 65
+        assert "pairs.jsonl:1: is no vote, lacks item, rater, value" in done.error
+
 
 def candidates_file(count: int = 40, **extra: Any) -> Path:
     rows = [
