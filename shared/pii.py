@@ -1,0 +1,145 @@
+"""Personal data in text: found by patterns, confirmed by a check digit or range where there is one; masked.
+
+========  =============================================================================================
+kind      what counts
+========  =============================================================================================
+email     ``local@domain.tld``
+iban      ISO 13616: country, two check digits, 11 to 30 more; mod 97 = 1
+card      13 to 19 digits, in groups or not, that begin as card numbers do; Luhn (ISO/IEC 7812-1)
+ssn       a US social security number ``AAA-GG-SSSS`` of a range that is given out
+phone     ``+`` and 8 to 15 digits (E.164), or ten digits in the groups of North America
+ip        an IPv4 address that is neither private, loopback, documentation nor reserved
+========  =============================================================================================
+
+Names and addresses of people are not found: patterns cannot tell them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+KINDS = ("email", "iban", "card", "ssn", "phone", "ip")
+
+
+@dataclass(frozen=True)
+class Span:
+    """One find: ``text[start:end]`` is of that kind."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def luhn(digits: str) -> bool:
+    """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    total = 0
+    for i, digit in enumerate(reversed(digits)):
+        value = int(digit) * (2 if i % 2 else 1)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def iban(text: str) -> bool:
+    """Whether the check digits of an IBAN are right (ISO 13616: mod 97 of the rearranged number is 1)."""
+    compact = re.sub(r"\s", "", text).upper()
+    moved = compact[4:] + compact[:4]
+    return 15 <= len(compact) <= 34 and int("".join(str(int(c, 36)) for c in moved)) % 97 == 1
+
+
+def _card(text: str) -> bool:
+    digits = re.sub(r"\D", "", text)
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn(digits)
+
+
+def _phone(text: str) -> bool:
+    digits = re.sub(r"\D", "", text)
+    if text.startswith("+"):
+        return 8 <= len(digits) <= 15
+    return len(digits.removeprefix("1")) == 10
+
+
+def _ip(text: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.IPv4Address(text).is_global
+    except ValueError:
+        return False
+
+
+_CHECKED: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
+    "email": (
+        re.compile(
+            r"(?<![\w.+%/-])[A-Za-z0-9][\w.+%-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w@-])"
+        ),
+        lambda _: True,
+    ),
+    "iban": (re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), iban),
+    "card": (re.compile(r"(?<![\w.+-])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-]|\.\d)"), _card),
+    "ssn": (
+        re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])"),
+        lambda _: True,
+    ),
+    "phone": (
+        re.compile(
+            r"(?<![\w.+-])(?:\+\d{1,3}[ .()-]{0,2}(?:\d[ .()/-]{0,2}){6,13}\d"
+            r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4})(?![\w-]|\.\d)"
+        ),
+        _phone,
+    ),
+    "ip": (re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)"), _ip),
+}
+#: A character without which no text of the kind can be: most texts are then not searched.
+_NEEDS: dict[str, re.Pattern[str]] = {
+    "email": re.compile("@"),
+    "iban": re.compile(r"[A-Z]{2}\d{2}"),
+    "card": re.compile(r"\d{4}[ -]?\d{2}"),
+    "ssn": re.compile(r"-\d{2}-\d{4}"),
+    "phone": re.compile(r"\+\d|\d[-.]\d{4}"),
+    "ip": re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d"),
+}
+_DIGITS = re.compile(r"\d\W?\d")
+
+
+def find(text: str, kinds: Sequence[str] = KINDS) -> list[Span]:
+    """What is personal in a text, in order, without overlap: what starts first stays, then the first kind.
+
+    Args:
+        kinds: some of ``KINDS``.
+    """
+    found = sorted((s for kind in kinds for s in _search(text, kind)), key=lambda span: span.start)
+    kept: list[Span] = []
+    for span in found:
+        if not kept or span.start >= kept[-1].end:
+            kept.append(span)
+    return kept
+
+
+def _search(text: str, kind: str) -> Iterator[Span]:
+    pattern, valid = _CHECKED[kind]
+    if not _NEEDS[kind].search(text):
+        return
+    for match in pattern.finditer(text):
+        if valid(match.group()):
+            yield Span(kind, match.start(), match.end())
+
+
+def mask(text: str, kinds: Sequence[str] = KINDS, *, form: str = "[{kind}]") -> tuple[str, Counter[str]]:
+    """The text with each find replaced by ``form``, and how many of each kind there were.
+
+    Args:
+        form: what stands in place of a find; ``{kind}`` is its kind in capitals.
+    """
+    if "@" not in text and not _DIGITS.search(text):
+        return text, Counter()
+    spans = find(text, kinds)
+    if not spans:
+        return text, Counter()
+    pieces, last = [], 0
+    for span in spans:
+        pieces += [text[last : span.start], form.format(kind=span.kind.upper())]
+        last = span.end
+    return "".join([*pieces, text[last:]]), Counter(span.kind for span in spans)
