@@ -117,6 +117,14 @@ CASES = [
         label="folder",
     ),
     Case(
+        "bias-scan data",
+        lambda a: [a.stream("messages")],
+        lambda _: ["--min-mentions", "1"],
+        reads="messages",
+        stdin=True,
+        paths=("--lexicon", "--compare"),
+    ),
+    Case(
         "cf-augment write",
         lambda a: [a.stream("messages")],
         reads="messages",

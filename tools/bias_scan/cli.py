@@ -1,0 +1,53 @@
+"""``bias-scan data RECORDS… -o REPORT`` and its kin: see README.md."""
+
+from __future__ import annotations
+
+from tuneutils.shared.command import Run, Summary, tool, tool_group
+from tuneutils.tools.bias_scan.params import CompareParams, DataParams
+
+main = tool_group(
+    "bias-scan",
+    group="data",
+    help="Measure bias in a data set or in a model, every score with its formula, n and interval.",
+)
+
+
+@tool("data", DataParams, group="data", inputs="RECORDS", output="report", uses_model=False, parent=main)
+def data(run: Run[DataParams]) -> Summary:
+    """Scan RECORDS for groups of people: how often each is named, and which words stand near it.
+
+    Streams any record format in bounded memory. Writes report.json for machines, index.html for people,
+    and plots. Every score has its formula, n and a 95 % interval and is refused below a minimum n.
+    """
+    from tuneutils.shared.errors import require
+
+    for module in ("ahocorasick", "jinja2", "matplotlib"):
+        require(module, "scan")
+    from tuneutils.tools.bias_scan.data import scan_data
+
+    return scan_data(run)
+
+
+@tool(
+    "compare",
+    CompareParams,
+    group="data",
+    inputs="BEFORE AFTER",
+    stdin=False,
+    output="report",
+    uses_model=False,
+    parent=main,
+)
+def compare(run: Run[CompareParams]) -> Summary:
+    """Show the report BEFORE against the report AFTER: each score's difference with its interval."""
+    from tuneutils.shared.errors import require
+
+    for module in ("jinja2", "matplotlib"):
+        require(module, "scan")
+    from tuneutils.tools.bias_scan.compare import compare_reports
+
+    return compare_reports(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Bias of models: published test sets, embeddings, likelihoods, counterfactual twins, predictions."""

@@ -1,0 +1,76 @@
+"""A report's scores as pictures whose bytes depend on the numbers alone: one a metric and axis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from tuneutils.tools.bias_scan.report import Report, Score, scores_of
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 110,
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+MOST_GROUPS = 30
+
+
+def draw(report: Report, folder: Path) -> dict[str, Path]:
+    """``AXIS.METRIC`` → the file, for every metric with two values or more on an axis.
+
+    A comparison's scores carry ``before`` and ``after`` in ``extra`` and are drawn as these.
+    """
+    found: dict[str, list[Score]] = {}
+    for score in scores_of(report):
+        if score.value is not None:
+            found.setdefault(f"{score.axis}.{score.metric}", []).append(score)
+    made = {}
+    for name, scores in found.items():
+        if len(scores) > 1 or "before" in scores[0].extra:
+            folder.mkdir(exist_ok=True)
+            made[name] = folder / (re.sub(r"[^\w.-]", "_", name) + ".png")
+            _draw(name, scores, made[name])
+    return made
+
+
+def _draw(name: str, scores: Sequence[Score], path: Path) -> None:
+    ranked = sorted(scores, key=lambda s: -abs(s.value or 0.0))[:MOST_GROUPS]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 0.9 + 0.22 * len(ranked)), layout="constrained")
+        if "before" in ranked[0].extra:
+            _points(axes, ranked, "before", "C0", -0.12)
+            _points(axes, ranked, "after", "C1", 0.12)
+            axes.legend()
+        else:
+            _points(axes, ranked, "", "C0", 0.0)
+        axes.set_yticks(range(len(ranked)), [s.group or s.axis for s in ranked])
+        axes.invert_yaxis()
+        left = f" (the {MOST_GROUPS} largest of {len(scores)})" if len(scores) > MOST_GROUPS else ""
+        axes.set(title=name + left, xlabel=scores[0].metric)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _points(axes: Any, scores: Sequence[Score], side: str, colour: str, shift: float) -> None:
+    """Each value with its interval; ``side`` is before, after, or nothing for the score itself."""
+    for at, score in enumerate(scores):
+        if side:
+            value, low, high = (score.extra.get(side + end) for end in ("", "_low", "_high"))
+        else:
+            value, low, high = score.value, score.low, score.high
+        if value is None:
+            continue
+        bars = None if low is None or high is None else [[max(0.0, value - low)], [max(0.0, high - value)]]
+        label = side if at == 0 and side else None
+        axes.errorbar(
+            [value], [at + shift], xerr=bars, fmt="o", color=colour, markersize=3, capsize=2, label=label
+        )
