@@ -13,9 +13,10 @@ are seconds of one update; a share is what the phase needs (products; for the ro
 over its time and this machine's rate, measured at the start of each run.
 
 Peak is the highest resident size of the process, growth that above the size with all models loaded. CPU s is
-the processor time of one update, whose ratio other work on the machine disturbs less. TRL runs with the
-fastest of TRL_SETTINGS, which one shorter run each chooses (or --best). ms-swift, whose PPO is that of the
-TRL below 1.0 that it needs, runs with its defaults and TRL's best rows.
+the processor time of one update, whose ratio other work on the machine disturbs less. Both compute in
+--dtype, by default the one that this machine multiplies fastest. TRL runs with the fastest of TRL_SETTINGS
+for it, which one shorter run each chooses (or --best). ms-swift, whose PPO is that of the TRL below 1.0 that
+it needs, runs with its defaults and TRL's best rows.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ from typing import Any
 
 TASKS = ("ppo-run:lora", "ppo-run:lora+head", "trl:lora", "ppo-run:full", "ppo-run:full+head", "trl:full")
 SWIFT_TASKS = ("swift:lora", "swift:full")
-#: Of TRL: what is held in bfloat16 (always trained in float32), rows of a forward pass, of a rollout.
+#: Of TRL: the precision of what is frozen (always trained in float32), rows of a forward pass, of a rollout.
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {"frozen": "float32", "micro": 8, "rollout": 8},
+    "rollout-32": {"frozen": "float32", "micro": 8, "rollout": 32},
+    "micro-4": {"frozen": "float32", "micro": 4, "rollout": 32},
+    "value-adapter": {"frozen": "float32", "micro": 8, "rollout": 32, "value": "lora"},
+    "value-adapter+micro-4": {"frozen": "float32", "micro": 4, "rollout": 32, "value": "lora"},
     "bf16-frozen": {"frozen": "bfloat16", "micro": 8, "rollout": 32},
     "bf16-frozen+micro-16": {"frozen": "bfloat16", "micro": 16, "rollout": 32},
     "bf16-frozen+value-adapter": {"frozen": "bfloat16", "micro": 8, "rollout": 32, "value": "lora"},
@@ -59,8 +64,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=8, help="of ppo-run")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--response-length", type=int, default=53)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--out", help="a JSON file for every run")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    parser.add_argument("--out", help="a JSON file for every run; the table is of all runs in it")
     parser.add_argument("--work", help="where the reward model and outputs go")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--settings", default="defaults", help=argparse.SUPPRESS)
@@ -74,20 +79,31 @@ def main() -> None:
         found = {"ppo-run": ours, "trl": peer, "swift": swift}[engine](args, method)
         print(json.dumps({"task": args.task, **found}))
         return
-    args.work = args.work or tempfile.mkdtemp()
+    args.work = os.path.abspath(args.work or tempfile.mkdtemp())
+    args.dtype = fastest_dtype(args.dtype)
     args.tasks = args.tasks or [*TASKS, *(SWIFT_TASKS if args.swift_python else ())]
     make_reward_model(args)
-    best = dict(pair.split("=") for pair in args.best)
+    kept = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).is_file() else {}
+    runs: list[dict[str, Any]] = kept.get("runs", [])
+    best = kept.get("best", {}) | dict(pair.split("=") for pair in args.best)
     for method in ("lora", "full"):
         if f"trl:{method}" in args.tasks and method not in best:
             best[method] = search(args, method)
-    runs: list[dict[str, Any]] = []
     for _ in range(args.repeats):
         for task in args.tasks:
             runs.append(measured(args, task, best.get(task.split(":")[1], "defaults")))
             if args.out:
                 Path(args.out).write_text(json.dumps({"best": best, "runs": runs}, indent=1) + "\n")
     report(runs, best)
+
+
+def fastest_dtype(asked: str) -> str:
+    """``auto`` → what this machine multiplies fastest, by name."""
+    import torch
+
+    from tuneutils.shared.device import dtype_name, resolve_dtype
+
+    return dtype_name(resolve_dtype(asked, torch.device("cpu")))
 
 
 def report(runs: list[dict[str, Any]], best: dict[str, str]) -> None:
@@ -99,7 +115,8 @@ def report(runs: list[dict[str, Any]], best: dict[str, str]) -> None:
             for k, v in of_task[0].items()
             if isinstance(v, (int, float))
         }
-    print(f"TRL's settings: {best}; medians of {len(runs) // len(rows)}")
+    counts = sorted({sum(run["task"] == task for run in runs) for task in rows})
+    print(f"TRL's settings: {best}; medians of {', '.join(map(str, counts))}")
     print("| task | samples/s | samples/CPU s | rollout s | scoring s | update s | peak GiB | growth GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for task, row in rows.items():
@@ -126,6 +143,8 @@ def search(args: argparse.Namespace, method: str) -> str:
     found: dict[str, float] = {}
     for name, setting in TRL_SETTINGS.items():
         if setting.get("value") == "lora" and method != "lora":
+            continue
+        if setting["frozen"] not in ("float32", args.dtype):
             continue
         short = argparse.Namespace(**{**vars(args), "batch_size": 16, "epochs": 2})
         try:
