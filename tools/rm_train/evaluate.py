@@ -6,17 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tuneutils.shared import pairs as preferences
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import GateFailed, ToolError
 from tuneutils.shared.models import model_input, resolve
+from tuneutils.shared.pairs import Source, open_source, read_pairs
 from tuneutils.shared.records import Located, Record, check_messages
-from tuneutils.tools.rm_train import pairs as preferences
-from tuneutils.tools.rm_train.pairs import Source, open_source, read_pairs
+from tuneutils.shared.reward_model import RewardModel, load_reward_model
+from tuneutils.shared.texts import encode_text, shortened
 from tuneutils.tools.rm_train.params import EvalParams
 from tuneutils.tools.rm_train.report import Pool, headline, measure, say, shown, write_report
-from tuneutils.tools.rm_train.reward_model import RewardModel, load_reward_model
 from tuneutils.tools.rm_train.scored import finite, score_pairs
-from tuneutils.tools.rm_train.texts import encode_text, shortened
 
 
 def evaluate(run: Run[EvalParams]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ import numpy as np
 from tuneutils.shared.artifact import describe_input, work_dir
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import GateFailed, ToolError
+from tuneutils.shared.pairs import Source
 from tuneutils.shared.records import Reader
-from tuneutils.tools.rm_train.pairs import Source
+from tuneutils.shared.reward_model import RewardModel
+from tuneutils.shared.texts import encode_record, shortened
 from tuneutils.tools.rm_train.params import TrainParams
-from tuneutils.tools.rm_train.reward_model import RewardModel
 from tuneutils.tools.rm_train.scored import Scored, finite
-from tuneutils.tools.rm_train.texts import encode_record, shortened
 
 FORMATS = ("prompt-completion", "messages", "unpaired")
 

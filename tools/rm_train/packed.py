@@ -16,7 +16,7 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch  # isort: skip
 from torch import Tensor
 
-from tuneutils.tools.rm_train.reward_model import Head, padded, read_out
+from tuneutils.shared.reward_model import Head, padded, read_out
 
 
 def shared_start(chosen: Sequence[int], rejected: Sequence[int]) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 
 from tuneutils.shared.artifact import write_json
 from tuneutils.shared.command import Run
+from tuneutils.shared.reward_model import RewardModel
 from tuneutils.tools.rm_train import measures
-from tuneutils.tools.rm_train.reward_model import RewardModel
 from tuneutils.tools.rm_train.scored import Scored
 
 AGREEMENT_EDGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -12,12 +12,12 @@ from tuneutils.shared.artifact import check_stream, describe_input, sidecar
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.models import model_input, resolve
+from tuneutils.shared.pairs import FORMATS as PREFERENCES
 from tuneutils.shared.records import Located, Reader, Record, check, check_messages, open_writer
-from tuneutils.tools.rm_train.pairs import FORMATS as PREFERENCES
+from tuneutils.shared.reward_model import RewardModel, load_reward_model
+from tuneutils.shared.texts import Text, encode_record, encode_text, shortened, split_implicit
 from tuneutils.tools.rm_train.params import ScoreParams
-from tuneutils.tools.rm_train.reward_model import RewardModel, load_reward_model
 from tuneutils.tools.rm_train.scored import finite
-from tuneutils.tools.rm_train.texts import Text, encode_record, encode_text, shortened, split_implicit
 
 #: Batches that are read ahead, to score texts of like length together.
 AHEAD = 8

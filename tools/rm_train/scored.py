@@ -15,9 +15,9 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch  # isort: skip
 
 from tuneutils.shared.errors import GateFailed
+from tuneutils.shared.pairs import Pair
+from tuneutils.shared.reward_model import RewardModel
 from tuneutils.tools.rm_train.packed import PairReader, pack, packed_length
-from tuneutils.tools.rm_train.pairs import Pair
-from tuneutils.tools.rm_train.reward_model import RewardModel
 
 #: Training pairs that are scored for the normalisation and the accuracy on what was learnt.
 SAMPLE = 256

@@ -16,12 +16,12 @@ from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, s
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.methods import apply_method, learning_rate, settle_adapter_config
 from tuneutils.shared.models import ModelRef, load_tokenizer, model_input, parameter_counts
+from tuneutils.shared.pairs import Pair, Source, open_source, read_pairs, split
+from tuneutils.shared.reward_model import NORMALISATION, TEXT, RewardModel, load_classifier
 from tuneutils.tools.rm_train.normalise import measured_on, open_demonstrations
-from tuneutils.tools.rm_train.pairs import Pair, Source, open_source, read_pairs, split
 from tuneutils.tools.rm_train.params import TrainParams
 from tuneutils.tools.rm_train.plan import check_options, text_limit, with_head
 from tuneutils.tools.rm_train.report import headline, measure, say, write_report
-from tuneutils.tools.rm_train.reward_model import NORMALISATION, TEXT, RewardModel, load_classifier
 from tuneutils.tools.rm_train.scored import sample, score_pairs
 
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
+from tuneutils.shared.pairs import Pair
+from tuneutils.shared.reward_model import padded, read_out
 from tuneutils.shared.supervise import IGNORE
 from tuneutils.shared.training import LOGGED, BucketSampler, Resumable
 from tuneutils.tools.rm_train.loss import bradley_terry
 from tuneutils.tools.rm_train.packed import PairReader, pack, packed_length
-from tuneutils.tools.rm_train.pairs import Pair
-from tuneutils.tools.rm_train.reward_model import padded, read_out
 
 
 @dataclass

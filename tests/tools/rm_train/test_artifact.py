@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tuneutils.shared.artifact import load_manifest, verify
 from tuneutils.shared.models import load_tokenizer, resolve
-from tuneutils.tools.rm_train.reward_model import load_classifier, load_reward_model
-from tuneutils.tools.rm_train.texts import encode_text
+from tuneutils.shared.reward_model import load_classifier, load_reward_model
+from tuneutils.shared.texts import encode_text
 
 from .conftest import CPU, QUICK, contents, preferences, report_of
 

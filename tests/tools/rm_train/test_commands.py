@@ -135,7 +135,7 @@ class TestScore:
 class TestEval:
     def test_is_what_training_found(self, trained: Path, workdir: Path) -> None:
         held = report_of(trained)
-        from tuneutils.tools.rm_train.pairs import prompt_key, split  # noqa: F401
+        from tuneutils.shared.pairs import prompt_key, split  # noqa: F401
 
         path = write_jsonl(Path("in.jsonl"), preferences())
         done = evaluate(path, "-m", trained, "-o", "out", "--json", "-q")

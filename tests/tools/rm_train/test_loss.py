@@ -16,10 +16,10 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from tuneutils.shared.models import load_tokenizer, resolve
+from tuneutils.shared.pairs import Pair
+from tuneutils.shared.reward_model import load_classifier, start_head
+from tuneutils.shared.texts import encode_text
 from tuneutils.tools.rm_train.loss import bradley_terry
-from tuneutils.tools.rm_train.pairs import Pair
-from tuneutils.tools.rm_train.reward_model import load_classifier, start_head
-from tuneutils.tools.rm_train.texts import encode_text
 from tuneutils.tools.rm_train.trainer import PairTrainer, rows_of
 
 from .conftest import preferences

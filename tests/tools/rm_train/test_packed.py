@@ -13,8 +13,8 @@ from tuneutils.shared import device  # noqa: F401
 import torch  # isort: skip
 
 from tuneutils.shared.models import load_tokenizer, resolve
+from tuneutils.shared.reward_model import RewardModel, load_classifier, padded, read_out
 from tuneutils.tools.rm_train.packed import PairReader, pack, packed_length, shared_start
-from tuneutils.tools.rm_train.reward_model import RewardModel, load_classifier, padded, read_out
 from tuneutils.tools.rm_train.scored import score_pairs
 
 from .test_loss import CPU, pairs_of, trainer_of

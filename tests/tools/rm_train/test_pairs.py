@@ -13,9 +13,9 @@ from support import Result, write_jsonl
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.models import load_tokenizer
-from tuneutils.tools.rm_train.pairs import Pairs, canonical, open_source, prompt_key, read_pairs, split
+from tuneutils.shared.pairs import Pairs, canonical, open_source, prompt_key, read_pairs, split
+from tuneutils.shared.texts import encode_text, shortened, split_implicit
 from tuneutils.tools.rm_train.params import TrainParams
-from tuneutils.tools.rm_train.texts import encode_text, shortened, split_implicit
 
 from .conftest import QUICK, preferences, report_of
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tuneutils.shared.artifact import Input, describe_input, work_dir
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.records import Located, Reader, Record, check, check_messages, dump_line
-from tuneutils.tools.rm_train.texts import Text, encode_text, shortened, split_implicit
+from tuneutils.shared.records import Located, Reader, check, check_messages, dump_line
+from tuneutils.shared.streams import Record
+from tuneutils.shared.texts import Text, encode_text, shortened, split_implicit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

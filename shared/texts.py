@@ -1,7 +1,7 @@
-"""From records to the token ids that a reward model reads: prompt, completion, one EOS, nothing after it.
+"""From records to token ids of a prompt with its completion: one EOS closes it, nothing comes after.
 
-Prompt and completion are tokenized as for fine-tuning (``shared.supervise``), so that what is scored here
-is, token for token, what a policy is given and answers. The score is read at the EOS.
+Prompt and completion are tokenized as for fine-tuning (``shared.supervise``), so that what is scored or
+preferred is, token for token, what a policy is given and answers. A reward model is read at the EOS.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tuneutils.shared.records import Record
+from tuneutils.shared.streams import Record
 from tuneutils.shared.supervise import IGNORE, encode
 
 if TYPE_CHECKING:
