@@ -24,7 +24,8 @@ from tuneutils.shared.logprobs_model import (
     unwrap,
 )
 
-OnToken = Callable[[int, int], None]
+FinishReason = Literal["stop", "length", "interrupted"]
+OnToken = Callable[[int, int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,13 @@ class Completion:
 
     Attributes:
         token_ids: the new tokens, the stop token included.
-        finish_reason: ``"stop"`` at a stop token, ``"length"`` at the limit or the model's context.
+        finish_reason: ``"stop"`` at a stop token, ``"length"`` at the limit or the model's context,
+            ``"interrupted"`` by ``on_token``.
         logprobs: of each token under the full softmax at the temperature, before any filter (greedy: at 1).
     """
 
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     logprobs: list[float] | None = None
 
 
@@ -97,7 +99,8 @@ def generate(
         prompts: token ids.
         batch_size: rows in the KV cache at once.
         pad_token_id: any token; pads are masked.
-        on_token: called with a prompt's index and each of its new tokens as they come.
+        on_token: called with a prompt's index and each of its new tokens as they come, after each forward
+            pass once for every row in the batch's order. A true result takes the token back and ends the row.
         row_ids: what seeds each row's draws instead of its index, for a share of a larger batch.
 
     Raises:
@@ -129,9 +132,10 @@ class _Row:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     stopped: bool = False
+    interrupted: bool = False
 
     def completion(self, with_logprobs: bool) -> Completion:
-        reason: Literal["stop", "length"] = "stop" if self.stopped else "length"
+        reason: FinishReason = "interrupted" if self.interrupted else "stop" if self.stopped else "length"
         return Completion(self.token_ids, reason, self.logprobs if with_logprobs else None)
 
 
@@ -284,8 +288,11 @@ class _Engine:
         for position, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
             row.token_ids.append(token)
             row.stopped = token in self.stop
-            if self.on_token is not None:
-                self.on_token(row.index, token)
+            if self.on_token is not None and self.on_token(row.index, token):
+                row.interrupted = True
+                row.token_ids.pop()
+                del row.logprobs[len(row.token_ids) :]
+                continue
             if not row.stopped and len(row.token_ids) < row.limit:
                 going_on.append(position)
         if not going_on:

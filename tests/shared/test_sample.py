@@ -279,3 +279,23 @@ def test_greedy_equals_transformers_on_the_base_model():
             torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=stop, pad_token_id=0
         )
         assert completion.token_ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_a_true_result_takes_the_token_back_and_ends_its_row_alone():
+    model = build()
+    prompts = some_prompts()
+    plain = generate(model, prompts, Sampling(max_new_tokens=10), batch_size=3, return_logprobs=True)
+    seen = [0] * len(prompts)
+
+    def stop_one(row, _token):
+        seen[row] += 1
+        return row == 1 and seen[row] == 5
+
+    cut = generate(
+        model, prompts, Sampling(max_new_tokens=10), batch_size=3, return_logprobs=True, on_token=stop_one
+    )
+    assert [c.token_ids for i, c in enumerate(cut) if i != 1] == [
+        c.token_ids for i, c in enumerate(plain) if i != 1
+    ]
+    assert (cut[1].token_ids, cut[1].finish_reason) == (plain[1].token_ids[:4], "interrupted")
+    assert len(cut[1].logprobs) == 4
