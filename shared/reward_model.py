@@ -71,6 +71,9 @@ def load_classifier(
     given = {"revision": ref.revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(ref.path, **given)
+        classifier = next(iter(config.architectures or ()), "").endswith("ForSequenceClassification")
+        if classifier and config.num_labels != 1:
+            raise ValueError(f"{config.architectures[0]} with {config.num_labels} labels, not one")
         without_dropout(config)
         config.num_labels = 1
         config.get_text_config().pad_token_id = pad_id
@@ -80,7 +83,8 @@ def load_classifier(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
         raise ToolError(f"{ref.given}: no reward model: {' '.join(str(exc).split())[:300]}") from exc
     plain = getattr(model, "score", None)
-    if not isinstance(plain, nn.Linear) or plain.bias is not None:
+    decoder = getattr(model, model.base_model_prefix, None)
+    if not isinstance(plain, nn.Linear) or plain.bias is not None or decoder is None:
         raise ToolError(f"{ref.given}: {type(model).__name__} has no linear head named score over a decoder")
     missing = set(info["missing_keys"])
     if missing - {"score.weight"} or (missing and new_head_seed is None):
@@ -92,6 +96,30 @@ def load_classifier(
         model.score.load_state_dict(plain.state_dict())
     model.config.use_cache = False
     return model.eval().to(where)
+
+
+def load_scorer(
+    ref: ModelRef, where: torch.device, dtype: torch.dtype, pad_id: int, *, trust_remote_code: bool = False
+) -> Any:
+    """A trained reward model: a sequence classifier, or a PEFT model of one, in evaluation mode.
+
+    Raises:
+        ToolError: exit 65: it is none; 66: it is not there.
+    """
+    is_adapter = ref.kind == "adapter"
+    model = load_classifier(
+        ref.root,
+        where,
+        dtype,
+        pad_id,
+        new_head_seed=0 if is_adapter else None,  # an adapter brings the head along
+        trust_remote_code=trust_remote_code,
+    )
+    if is_adapter:
+        model = load_adapter(model, ref.path).eval()
+        if "score" not in (model.peft_config["default"].modules_to_save or ()):
+            raise ToolError(f"{ref.given}: an adapter without a score head; train one with rm-train")
+    return model
 
 
 def without_dropout(config: Any) -> None:
@@ -178,19 +206,7 @@ def load_reward_model(
     precision = resolve_dtype(dtype, where)
     tokenizer = load_tokenizer(ref, trust_remote_code=trust_remote_code)
     pad_id = int(tokenizer.pad_token_id)
-    is_adapter = ref.kind == "adapter"
-    model = load_classifier(
-        ref.root,
-        where,
-        precision,
-        pad_id,
-        new_head_seed=0 if is_adapter else None,  # an adapter brings the head along
-        trust_remote_code=trust_remote_code,
-    )
-    if is_adapter:
-        model = load_adapter(model, ref.path).eval()
-        if "score" not in (model.peft_config["default"].modules_to_save or ()):
-            raise ToolError(f"{given}: an adapter without a score head; train one with rm-train")
+    model = load_scorer(ref, where, precision, pad_id, trust_remote_code=trust_remote_code)
     mean, std = normalisation(ref)
     text = ref.manifest.get(TEXT) or {}
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

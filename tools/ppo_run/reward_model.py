@@ -1,14 +1,11 @@
 """A reward model as a reward, and as what a value model starts from.
 
-The artifact is a folder that ``AutoModelForSequenceClassification`` loads, with one label and a linear
-head named ``score`` over a decoder, or a PEFT adapter of one; its ``artifact.json`` may hold
-``"reward_normalisation": {"mean": m, "std": s}``, and the reward is then ``(score - m) / s``. The
-score is read at EOS, the last real token, which is appended where a response lacks it.
+Its files are those of ``shared.reward_model``. The score is read at EOS, the last real token, which is
+appended where a response lacks it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +17,8 @@ import torch  # isort: skip
 from torch import Tensor, nn
 
 from tuneutils.shared.errors import ToolError
-from tuneutils.shared.models import ModelRef, load_adapter, load_tokenizer, resolve
+from tuneutils.shared.models import load_tokenizer, resolve
+from tuneutils.shared.reward_model import load_scorer, normalisation
 from tuneutils.tools.ppo_run.rewards import Episode, checked
 from tuneutils.tools.ppo_run.workers import Workers
 
@@ -106,47 +104,16 @@ def load_reward_model(
         ToolError: exit 65: another tokenizer, more than one label, or no linear head over a decoder.
     """
     ref = resolve(given)
-    model = _load(ref, dtype, trust_remote_code).eval().requires_grad_(False).to(where)
-    check_same_tokenizer(given, load_tokenizer(ref, trust_remote_code=trust_remote_code), tokenizer)
-    head = getattr(model, "score", None)
-    trunk = getattr(model, model.base_model_prefix, None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1 or trunk is None:
-        raise ToolError(
-            f"{given}: {type(model).__name__} with {model.config.num_labels} labels is no reward model; "
-            "train one with rm-train"
-        )
-    mean, std = normalisation(ref)
-    eos_id = int(tokenizer.eos_token_id)
-    return RewardModel(trunk, head, mean, std, eos_id, batch_size)
-
-
-def _load(ref: ModelRef, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()
-    root = ref.root
-    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    theirs = load_tokenizer(ref, trust_remote_code=trust_remote_code)
+    pad_id = int(theirs.pad_token_id)
+    model = load_scorer(ref, where, dtype, pad_id, trust_remote_code=trust_remote_code)
+    check_same_tokenizer(given, theirs, tokenizer)
     if ref.kind == "adapter":
-        kwargs["num_labels"] = 1
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            root.path, revision=root.revision, **kwargs
-        )
-    except (OSError, ValueError, KeyError) as exc:
-        raise ToolError(f"{ref.given}: no reward model: {' '.join(str(exc).split())[:300]}") from exc
-    return load_adapter(model, ref.path).merge_and_unload() if ref.kind == "adapter" else model
-
-
-def normalisation(ref: ModelRef) -> tuple[float, float]:
-    """Mean and standard deviation of the artifact's normalisation; 0 and 1 where it has none."""
-    found = ref.manifest.get("reward_normalisation") or {}
-    mean, std = float(found.get("mean", 0.0)), float(found.get("std", 1.0))
-    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-        raise ToolError(
-            f"{ref.given}: its reward_normalisation has mean {mean} and std {std}; train it again"
-        )
-    return mean, std
+        model = model.merge_and_unload()
+    model.requires_grad_(False)
+    trunk = getattr(model, model.base_model_prefix)
+    mean, std = normalisation(ref)
+    return RewardModel(trunk, model.score, mean, std, int(tokenizer.eos_token_id), batch_size)
 
 
 def check_same_tokenizer(given: str, theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase) -> None:

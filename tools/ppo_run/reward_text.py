@@ -6,6 +6,7 @@ from typing import Any
 
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.models import resolve
+from tuneutils.shared.reward_model import TEXT
 
 
 def check_same_template(given: str, template: str, tokenizer: Any) -> None:
@@ -18,7 +19,7 @@ def check_same_template(given: str, template: str, tokenizer: Any) -> None:
     Raises:
         ToolError: exit 65, with the option to give.
     """
-    taught = (resolve(given).manifest.get("reward_text") or {}).get("template")
+    taught = (resolve(given).manifest.get(TEXT) or {}).get("template")
     if taught is None:
         return
 

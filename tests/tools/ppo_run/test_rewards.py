@@ -301,7 +301,7 @@ class TestRewardModel:
 
     def test_that_is_none(self, ppo: Callable[..., Result], prompts: Path, tiny_model: Path) -> None:
         done = ppo(prompts, "-r", build_reward_model(Path("rm"), tiny_model, num_labels=3))
-        assert (done.code, "with 3 labels is no reward model" in done.error) == (65, True)
+        assert (done.code, "with 3 labels, not one" in done.error) == (65, True)
         (build_tiny_model(Path("other"))).joinpath("config.json").write_text("{}")
         done = ppo(prompts, "-r", "other")
         assert (done.code, "other: " in done.error) == (65, True)
