@@ -12,23 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
-
-# isort: split
-import numpy as np
-import torch
-from torch import Tensor
-
-from tuneutils.shared.calibration import calibration_ids
-from tuneutils.shared.evaluate import Estimate, paired_difference, ratio_estimate
-from tuneutils.shared.models import keep_4bit_layout, load_model
+from heldout import Heldout, last_line, table
 
 GROUP = ("--group-size", "64")
 SCHEMES: dict[str, tuple[str, ...]] = {
@@ -73,113 +63,30 @@ def main() -> int:
     parser.add_argument("--scheme", action="append", choices=SCHEMES, help="only these")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    loaded = load_model(args.model, device="cpu", dtype=args.dtype)
-    ids = calibration_ids([args.heldout], loaded.tokenizer, rows=args.windows, length=args.window, seed=1)
-    base = [logits.to(torch.bfloat16) for logits in all_logits(loaded.model, ids)]
-    del loaded
-    scores = {"original": score(base, base, ids)}
-    rows = {"original": row(scores["original"], scores["original"], {})}
+    heldout = Heldout(args.model, args.heldout, windows=args.windows, length=args.window, dtype=args.dtype)
     for name in args.scheme or SCHEMES:
         with tempfile.TemporaryDirectory() as folder:
-            made, metrics, log = quantized(args, SCHEMES[name], Path(folder))
-            scores[name] = score(base, all_logits(made, ids), ids)
-            rows[name] = row(scores[name], scores["original"], metrics) | log
-        print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
-    orderings = [ordering(a, b, scores) for a, b in ORDERINGS if a in scores and b in scores]
-    print(table(rows, orderings))
+            known = quantized(args, SCHEMES[name], Path(folder))
+            row = heldout.add(name, Path(folder) / "out", **known)
+        print(name, json.dumps(row), file=sys.stderr, flush=True)
+    orderings = heldout.orderings(ORDERINGS)
+    print(table(heldout.rows, orderings, ("bits_per_weight", "seconds")))
     if args.out:
-        args.out.write_text(json.dumps({"rows": rows, "orderings": orderings}, indent=2) + "\n")
+        args.out.write_text(json.dumps({"rows": heldout.rows, "orderings": orderings}, indent=2) + "\n")
     return 0
 
 
-def quantized(
-    args: argparse.Namespace, options: tuple[str, ...], folder: Path
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The model that the tool wrote, its metrics and its run log."""
-    calibrate = [
+def quantized(args: argparse.Namespace, options: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """Run the tool into ``folder / "out"``; what its manifest and its run log say."""
+    command = [
+        sys.executable, "-m", "tuneutils.tools.quantize.cli", args.model, "-q", "-o", str(folder / "out"),
         "--calibration", args.calibration, "--calibration-rows", str(args.rows),
         "--calibration-length", str(args.length),
     ]  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "tuneutils.tools.quantize.cli",
-        args.model,
-        "-q",
-        "-o",
-        str(folder / "out"),
-    ]
-    subprocess.run([*command, *options, *calibrate], check=True)
+    subprocess.run([*command, *options], check=True)
     metrics = json.loads((folder / "out" / "artifact.json").read_text())["metrics"]
-    log = json.loads((folder / ".work" / "out" / "run.jsonl").read_text().splitlines()[-1])
-    model = load_model(str(folder / "out"), device="cpu", dtype=args.dtype).model
-    keep_4bit_layout(model)
-    return model, metrics, log
-
-
-@torch.no_grad()
-def all_logits(model: Any, ids: Tensor) -> list[Tensor]:
-    """``(window - 1, vocabulary)`` a window."""
-    return [model(window[None]).logits[0, :-1] for window in ids]
-
-
-def score(base: list[Tensor], logits: list[Tensor], ids: Tensor) -> dict[str, np.ndarray]:
-    """Sums over each window: negative log-likelihood, KL from the original, agreements, tokens."""
-    found: dict[str, list[float]] = {"nll": [], "kl": [], "agree": [], "tokens": []}
-    for one, other, window in zip(base, logits, ids, strict=True):
-        p, q = one.float().log_softmax(-1), other.float().log_softmax(-1)
-        found["nll"].append(-float(q.gather(-1, window[1:, None]).sum()))
-        found["kl"].append(float((p.exp() * (p - q)).sum()))
-        found["agree"].append(float((p.argmax(-1) == q.argmax(-1)).sum()))
-        found["tokens"].append(float(len(window) - 1))
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def row(
-    own: dict[str, np.ndarray], original: dict[str, np.ndarray], metrics: dict[str, Any]
-) -> dict[str, Any]:
-    loss = paired_difference(own["nll"], original["nll"], own["tokens"], original["tokens"])
-    return {
-        "bits_per_weight": metrics.get("bits_per_weight"),
-        "perplexity": ratio_estimate(own["nll"], own["tokens"], transform=np.exp).as_json(),
-        "perplexity_change": [math.exp(v or 0) - 1 for v in (loss.value, loss.low, loss.high)],
-        "kl": ratio_estimate(own["kl"], own["tokens"]).as_json(),
-        "top1": ratio_estimate(own["agree"], own["tokens"]).as_json(),
-    }
-
-
-def ordering(better: str, worse: str, scores: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Whether one scheme's loss and KL are below another's, by paired windows."""
-    found: dict[str, Any] = {"better": better, "worse": worse}
-    for name in ("nll", "kl"):
-        a, b = scores[better], scores[worse]
-        gap: Estimate = paired_difference(a[name], b[name], a["tokens"], b["tokens"])
-        assert gap.low is not None
-        assert gap.high is not None
-        verdict = "true" if gap.high < 0 else "false" if gap.low > 0 else "open"
-        found[name] = gap.as_json() | {"holds": verdict}
-    return found
-
-
-def table(rows: dict[str, dict[str, Any]], orderings: list[dict[str, Any]]) -> str:
-    lines = [
-        "| scheme | bits/weight | perplexity | change | KL | top-1 | s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, r in rows.items():
-        change = "{:+.1%} ({:+.1%} to {:+.1%})".format(*r["perplexity_change"])
-        kl = "{value:.4f} ({low:.4f}-{high:.4f})".format(**r["kl"])
-        bits, seconds = r["bits_per_weight"] or "", r.get("seconds", "")
-        lines.append(
-            f"| {name} | {bits} | {r['perplexity']['value']:.2f} | {change} | {kl} "
-            f"| {r['top1']['value']:.3f} | {seconds} |"
-        )
-    lines += ["", "| ordering | loss, nats a token | KL | holds |", "|---|---|---|---|"]
-    for o in orderings:
-        gaps = ["{value:+.4f} ({low:+.4f} to {high:+.4f})".format(**o[name]) for name in ("nll", "kl")]
-        verdict = "/".join(o[name]["holds"] for name in ("nll", "kl"))
-        lines.append(f"| {o['better']} < {o['worse']} | {gaps[0]} | {gaps[1]} | {verdict} |")
-    return "\n".join(lines)
+    log = last_line(folder / ".work" / "out" / "run.jsonl")
+    return {"bits_per_weight": metrics["bits_per_weight"]} | log
 
 
 if __name__ == "__main__":

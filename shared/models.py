@@ -21,6 +21,7 @@ from tuneutils.shared.artifact import (
 )
 from tuneutils.shared.device import resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError, require
+from tuneutils.shared.four_bit import bnb_config, check_4bit_rows
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
-
-#: 4-bit storage by bitsandbytes: name → (quant type, double quantization).
-BNB_SCHEMES = {
-    "nf4": ("nf4", False),
-    "nf4-double": ("nf4", True),
-    "fp4": ("fp4", False),
-    "fp4-double": ("fp4", True),
-}
 
 #: Formats of quantized weights: what ``config.json`` calls them → (package that reads them, our extra).
 STORED_FORMATS = {
@@ -195,8 +188,8 @@ def load_model(
 
     Args:
         given: artifact, folder, GGUF file, adapter folder, or Hub id (``org/name@revision``).
-        quantization: a key of ``BNB_SCHEMES``, None for full precision, or ``as-trained``: the scheme in
-            an adapter's manifest, if any.
+        quantization: a key of ``four_bit.BNB_SCHEMES``, None for full precision, or ``as-trained``: the
+            scheme in an adapter's manifest, if any.
     """
     import torch
 
@@ -245,7 +238,7 @@ def load_base(
     except (OSError, ValueError, KeyError, SafetensorError) as exc:
         raise ToolError(f"{ref.given}: cannot load: {' '.join(str(exc).split())[:300]}") from exc
     if scheme is not None or stored == "bitsandbytes":
-        keep_4bit_layout(model, everywhere=False)
+        check_4bit_rows(model, ref.given, device)
     if missing := sorted(info["missing_keys"]):
         raise ToolError(f"{ref.given}: {len(missing)} weights are not in its files, such as {missing[0]}")
     return model.eval() if device.type == "cuda" else model.eval().to(device)
@@ -265,34 +258,6 @@ def _gguf_kwargs(ref: ModelRef) -> dict[str, Any]:
     from transformers import GgufConfig
 
     return {"gguf_file": Path(ref.path).name, "quantization_config": GgufConfig(dequantize=True)}
-
-
-def bnb_config(scheme: str, compute_dtype: torch.dtype) -> Any:
-    """bitsandbytes 4-bit storage (Dettmers et al. 2023, QLoRA, section 3)."""
-    require("bitsandbytes", "qlora")
-    from transformers import BitsAndBytesConfig
-
-    quant_type, double = BNB_SCHEMES[scheme]
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def keep_4bit_layout(model: Any, *, everywhere: bool = True) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first eval forward on a CPU.
-
-    The repacked layout has no backward and cannot be saved: training after an evaluation would lose the
-    base path's gradient with no more than a warning. Rows that are no whole number of blocks (``everywhere``
-    unset: only those) cannot be repacked at all.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and (
-            everywhere or module.in_features % module.weight.quant_state.blocksize
-        ):
-            module.support_avx512bf16_for_cpu = False
 
 
 def load_adapter(model: PreTrainedModel, folder: str, name: str = "default") -> Any:

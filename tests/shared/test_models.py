@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny_tokenizer
+from support import build_tiny_model, tiny_tokenizer
 
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.models import (
@@ -229,15 +229,24 @@ def test_a_free_special_token_pads() -> None:
         own_pad_token(tokenizer)
 
 
-def test_parameters_are_counted_as_what_they_stand_for(tiny_model: Path) -> None:
+def test_parameters_are_counted_as_what_they_stand_for(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     expected = sum(p.numel() for p in model.parameters())
     assert parameter_counts(model) == {"total": expected, "trainable": expected}
     pytest.importorskip("bitsandbytes")
-    packed = load_model(str(tiny_model), dtype="float32", quantization="nf4").model.requires_grad_(False)
+    wide = str(build_tiny_model(tmp_path / "wide", hidden_size=64, intermediate_size=128))
+    expected = parameter_counts(load_model(wide, dtype="float32").model)["total"]
+    packed = load_model(wide, dtype="float32", quantization="nf4").model.requires_grad_(False)
     assert parameter_counts(packed) == {"total": expected, "trainable": 0}
+
+
+def test_4bit_rows_that_bitsandbytes_reads_wrongly_on_a_cpu(tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ToolError, match=r"self_attn.q_proj is 32 wide, no multiple of 64") as caught:
+        load_model(str(tiny_model), device="cpu", dtype="float32", quantization="nf4")
+    assert caught.value.code == 65
 
 
 @pytest.mark.parametrize(

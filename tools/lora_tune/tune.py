@@ -11,6 +11,7 @@ from typing import Any
 from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
+from tuneutils.shared.four_bit import keep_4bit_layout
 from tuneutils.shared.methods import (
     apply_method,
     learning_rate,
@@ -20,7 +21,6 @@ from tuneutils.shared.methods import (
 from tuneutils.shared.models import (
     ModelRef,
     context_length,
-    keep_4bit_layout,
     load_base,
     load_tokenizer,
     model_input,

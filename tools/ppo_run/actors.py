@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from tuneutils.shared.adapters.fused_lora import fused
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.four_bit import keep_4bit_layout
 from tuneutils.shared.logprobs import LogitTransform
 from tuneutils.shared.logprobs_model import hidden_logprobs, separable_head, sequence_logprobs, unwrap
 from tuneutils.shared.methods import apply_method, learning_rate, quantization
-from tuneutils.shared.models import ModelRef, keep_4bit_layout, load_base
+from tuneutils.shared.models import ModelRef, load_base
 from tuneutils.tools.ppo_run.masters import narrow
 from tuneutils.tools.ppo_run.params import Params
 from tuneutils.tools.ppo_run.reward_model import RewardModel

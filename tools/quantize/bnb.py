@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuneutils.shared.device import dtype_name
-from tuneutils.shared.models import BNB_SCHEMES
+from tuneutils.shared.four_bit import BNB_SCHEMES
 
 
 def four_bit(module: str, weight: Tensor, scheme: str) -> tuple[dict[str, Tensor], Tensor]:

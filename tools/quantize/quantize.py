@@ -19,8 +19,9 @@ from tuneutils.shared.artifact import Artifact, Input, describe_input
 from tuneutils.shared.calibration import calibration_ids
 from tuneutils.shared.command import Run, Summary
 from tuneutils.shared.errors import ExitCode, ToolError, require
+from tuneutils.shared.four_bit import BNB_SCHEMES
 from tuneutils.shared.layerwise import Decoder, Step, layer_linears, open_decoder, walk
-from tuneutils.shared.models import BNB_SCHEMES, load_tokenizer, model_input, resolve
+from tuneutils.shared.models import load_tokenizer, model_input, resolve
 from tuneutils.shared.packing import CheckpointWriter, copy_companions, quantization_config
 from tuneutils.shared.quantizers import Grid, relative_error, working_groups
 from tuneutils.shared.weights import Weights, check_finite
