@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
+from tuneutils.tools.bias_scan.models.params import LeakParams, ModelParams, PredictionParams
 from tuneutils.tools.bias_scan.params import CompareParams, DataParams
 
 main = tool_group(
@@ -47,6 +48,63 @@ def compare(run: Run[CompareParams]) -> Summary:
     from tuneutils.tools.bias_scan.compare import compare_reports
 
     return compare_reports(run)
+
+
+@tool("model", ModelParams, group="data", inputs="MODELS", stdin=False, output="report", parent=main)
+def model(run: Run[ModelParams]) -> Summary:
+    """Put published tests of bias to MODELS ([LABEL=]PATH): causal, masked, rewards, classifiers, vectors.
+
+    Writes report.json, index.html, plots and items.jsonl.gz. With --baseline the others are compared with
+    it item by item, with paired intervals.
+    """
+    from tuneutils.shared.errors import require
+
+    for module in ("jinja2", "matplotlib"):
+        require(module, "scan")
+    from tuneutils.tools.bias_scan.models.scan import scan_models
+
+    return scan_models(run)
+
+
+@tool(
+    "predictions",
+    PredictionParams,
+    group="data",
+    inputs="RECORDS",
+    output="report",
+    uses_model=False,
+    parent=main,
+)
+def predictions(run: Run[PredictionParams]) -> Summary:
+    """Measure the fairness of predictions in RECORDS ([LABEL=]PATH), whoever made them.
+
+    Records with a group: parity of selection and equalised odds. Records that cf-augment made twins of:
+    how many predictions, or scores, change with the twin.
+    """
+    from tuneutils.shared.errors import require
+
+    for module in ("jinja2", "matplotlib"):
+        require(module, "scan")
+    from tuneutils.tools.bias_scan.models.predictions import scan_predictions
+
+    return scan_predictions(run)
+
+
+@tool(
+    "leaks",
+    LeakParams,
+    group="data",
+    inputs="TRAIN",
+    output="leaks found",
+    streams=True,
+    uses_model=False,
+    parent=main,
+)
+def leaks(run: Run[LeakParams]) -> Summary:
+    """Look in TRAIN records for texts of test sets, exact or nearly so; one record for each text found."""
+    from tuneutils.tools.bias_scan.models.leaks import find_leaks
+
+    return find_leaks(run)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Scores of models as statistics of sums over units, with paired-bootstrap intervals and differences.
 
-Every score is a function of column sums over units (pairs of sentences, target terms, twins), so one bootstrap
-serves all: units are drawn with replacement, columns summed, the statistic taken again. Two models on the same
-units are compared on the same draws. Units with equal rows are drawn together by their number, which gives the
-same distribution and makes a million predictions as cheap as their few patterns.
+Every score is a function of column sums over units (pairs of sentences, target terms, twins), so one
+bootstrap serves all: units are drawn with replacement, columns summed, the statistic taken again. Two
+models on the same units are compared on the same draws. Units with equal rows are drawn together by their
+number, which gives the same distribution and makes a million predictions as cheap as their few patterns.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tuneutils.tools.bias_scan.intervals import percentiles, rounded
+from tuneutils.tools.bias_scan.intervals import percentiles
+from tuneutils.tools.bias_scan.report import Score
 
 Floats = NDArray[np.float64]
 #: ``(resamples, columns)`` sums to ``(resamples,)`` values; NaN where there is none.
 Statistic = Callable[[Floats], Floats]
 RESAMPLES = 10_000
 CHUNK_VALUES = 4_000_000
-NO_EVIDENCE = "A low score is no evidence that bias is absent: it says what this test, with this formula, found."
+ALIKE = "all units are alike, so that resampling shows no spread"
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Measure:
     Attributes:
         columns: ``(units, k)``, what is summed.
         n: items behind it; more than units where several make one unit.
+        group: the part of the set, empty for all of it.
         neutral: the value that shows no bias; None where the score is one of quality (accuracy, LMS).
-        ties: items whose sides scored equal.
-        more: further keys of the row.
+        ties: items whose sides scored equal; None where there are no sides.
+        extra: further numbers.
     """
 
     test: str
@@ -43,15 +45,16 @@ class Measure:
     columns: Floats
     statistic: Statistic
     n: int
-    axis: str = "all"
-    group: str = "all"
+    group: str = ""
     neutral: float | None = None
-    ties: int = 0
-    more: Mapping[str, Any] = field(default_factory=dict)
+    ties: int | None = None
+    unit: str = "items"
+    extra: Mapping[str, float | int] = field(default_factory=dict)
+    note: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        return self.test, self.metric, self.axis, self.group
+    def key(self) -> tuple[str, str, str]:
+        return self.test, self.group, self.metric
 
     @property
     def value(self) -> float | None:
@@ -60,6 +63,20 @@ class Measure:
             return None
         found = float(_quiet(self.statistic, self.columns.sum(axis=0, keepdims=True))[0])
         return found if np.isfinite(found) else None
+
+    def score(self, model: str = "", **changes: Any) -> Score:
+        """The report's row without its value; ``model`` goes before the group."""
+        group = ":".join(part for part in (model, self.group) if part)
+        extra = {"ties": self.ties, "units": len(self.columns), "neutral": self.neutral, **self.extra}
+        kept = {k: v for k, v in extra.items() if v is not None}
+        named = {
+            "axis": self.test,
+            "group": group,
+            "metric": self.metric,
+            "formula": self.formula,
+            "n": self.n,
+        }
+        return Score(**{**named, "unit": self.unit, "extra": kept, "note": self.note, **changes})
 
 
 @dataclass(frozen=True)
@@ -97,44 +114,60 @@ def cluster(columns: ArrayLike, labels: Sequence[Any]) -> Floats:
     return sums
 
 
-def estimate(measure: Measure, model: str, settings: Settings) -> dict[str, Any]:
-    """The row of a score: value, interval, n, ties, formula; or why it is refused."""
-    row = _labels(measure, model)
-    reason = _refusal(measure, settings)
-    if reason:
-        return {**row, "value": None, "low": None, "high": None, "refused": reason}
-    low, high = _interval(measure.columns, measure.statistic, settings)
-    return rounded({**row, "value": measure.value, "low": low, "high": high, **measure.more})
+def estimate(measure: Measure, settings: Settings, model: str = "") -> Score:
+    """The score with its interval."""
+    row = {"minimum": settings.min_items, "value": measure.value}
+    if measure.value is None:
+        return measure.score(model, **row, note=measure.note or "nothing to divide by")
+    low, high = _bounds(measure.columns, settings, measure.statistic)
+    return measure.score(model, **row, low=low, high=high, note=_note(measure.note, measure.columns))
 
 
-def difference(measure: Measure, base: Measure, model: str, baseline: str, settings: Settings) -> dict[str, Any]:
-    """The row of a paired difference of one score of two models over the same units.
+def differences(
+    measure: Measure, base: Measure, settings: Settings, model: str, baseline: str
+) -> list[Score]:
+    """The paired difference of one score of two models over the same units, and the change of bias.
 
-    ``bias_change`` is the change of the distance from the neutral value: below zero, bias fell.
+    ``METRIC-bias-change`` is the change of the distance from the neutral value: below zero, bias fell.
 
     Raises:
         ValueError: the two were not measured on the same units.
     """
-    row = {**_labels(measure, model), "baseline": baseline}
-    del row["ties"]
     if measure.columns.shape != base.columns.shape:
         raise ValueError("the two models were not measured on the same items")
-    reason = _refusal(measure, settings) or _refusal(base, settings)
-    if reason:
-        return {**row, "value": None, "low": None, "high": None, "refused": reason}
+    common = {
+        "minimum": settings.min_items,
+        "formula": f"{model} minus {baseline}, paired: {measure.formula}",
+    }
+    plain = {**common, "metric": f"{measure.metric}-difference", "extra": _sides(measure, base)}
+    if measure.value is None or base.value is None:
+        return [measure.score(model, **plain, note="no value on one side")]
     k = measure.columns.shape[1]
     both = np.concatenate([measure.columns, base.columns], axis=1)
-    sums = resampled_sums(both, settings.seed, settings.resamples)
-    new, old = _quiet(measure.statistic, sums[:, :k]), _quiet(base.statistic, sums[:, k:])
-    assert measure.value is not None and base.value is not None
-    low, high = _bounds(both, new - old)
-    row |= {"value": measure.value - base.value, "low": low, "high": high}
-    if measure.neutral is not None:
-        change = np.abs(new - measure.neutral) - np.abs(old - measure.neutral)
-        fell_low, fell_high = _bounds(both, change)
-        at = abs(measure.value - measure.neutral) - abs(base.value - measure.neutral)
-        row["bias_change"] = {"value": at, "low": fell_low, "high": fell_high}
-    return rounded(row)
+
+    def change(sums: Floats) -> Floats:
+        return measure.statistic(sums[:, :k]) - base.statistic(sums[:, k:])
+
+    low, high = _bounds(both, settings, change)
+    note = _note("", both)
+    made = [measure.score(model, **plain, value=measure.value - base.value, low=low, high=high, note=note)]
+    neutral = measure.neutral
+    if neutral is None:
+        return made
+
+    def distance(sums: Floats) -> Floats:
+        old = np.abs(base.statistic(sums[:, k:]) - neutral)
+        return np.abs(measure.statistic(sums[:, :k]) - neutral) - old
+
+    at = abs(measure.value - neutral) - abs(base.value - neutral)
+    low, high = _bounds(both, settings, distance)
+    formula = f"change of |score - {neutral:g}| from {baseline} to {model}, paired: {measure.formula}"
+    named = {"metric": f"{measure.metric}-bias-change", "formula": formula, "extra": _sides(measure, base)}
+    return [*made, measure.score(model, **{**common, **named}, value=at, low=low, high=high, note=note)]
+
+
+def _sides(measure: Measure, base: Measure) -> dict[str, float | int | None]:
+    return {"before": base.value, "after": measure.value, "units": len(measure.columns)}
 
 
 def resampled_sums(columns: Floats, seed: int, resamples: int) -> Floats:
@@ -150,31 +183,19 @@ def resampled_sums(columns: Floats, seed: int, resamples: int) -> Floats:
     return np.concatenate(made)
 
 
-def _interval(columns: Floats, statistic: Statistic, settings: Settings) -> tuple[float | None, float | None]:
-    if len(columns) < 2:
+def _bounds(columns: Floats, settings: Settings, statistic: Statistic) -> tuple[float | None, float | None]:
+    """Percentiles of the resamples; none where all units are alike."""
+    if _alike(columns):
         return None, None
-    return _bounds(columns, _quiet(statistic, resampled_sums(columns, settings.seed, settings.resamples)))
+    return percentiles(_quiet(statistic, resampled_sums(columns, settings.seed, settings.resamples)))
 
 
-def _bounds(columns: Floats, values: Floats) -> tuple[float | None, float | None]:
-    """Percentiles; none where all units are alike, of which resampling shows no spread."""
-    if len(columns) < 2 or (columns == columns[0]).all():
-        return None, None
-    return percentiles(values)
+def _alike(columns: Floats) -> bool:
+    return len(columns) < 2 or bool((columns == columns[0]).all())
 
 
-def _refusal(measure: Measure, settings: Settings) -> str | None:
-    if measure.n < settings.min_items:
-        return f"n {measure.n} is below --min-items {settings.min_items}"
-    if measure.value is None:
-        return "no value: nothing to divide by"
-    return None
-
-
-def _labels(measure: Measure, model: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": model, "test": measure.test, "axis": measure.axis, "group": measure.group}
-    row |= {"metric": measure.metric, "formula": measure.formula, "n": measure.n, "units": len(measure.columns)}
-    return row | {"ties": measure.ties, "neutral": measure.neutral}
+def _note(note: str, columns: Floats) -> str:
+    return "; ".join(part for part in (note, ALIKE if _alike(columns) else "") if part)
 
 
 def _quiet(statistic: Statistic, sums: Floats) -> Floats:

@@ -14,7 +14,7 @@ LANGUAGE = ("causal", "masked")
 
 
 def kind_of(path: str, *, trust_remote_code: bool = False) -> str:
-    """``causal``, ``masked``, ``classifier``, ``reward`` (one label) or ``vectors`` (word vectors as text)."""
+    """``causal``, ``masked``, ``classifier``, ``reward`` (one label) or ``vectors`` (word vectors)."""
     if Path(path).is_file() and path.endswith(VECTOR_SUFFIXES):
         return "vectors"
     ref = resolve(path)

@@ -21,8 +21,8 @@ def pairwise(values: ArrayLike) -> tuple[Floats, Floats]:
         values: ``(groups, n)``.
 
     Returns:
-        ``(groups, groups)`` each; ``U[i, j]`` counts the pairs in which a value of ``i`` exceeds one of ``j``,
-        a tie as one half.
+        ``(groups, groups)`` each; ``U[i, j]`` counts the pairs in which a value of ``i`` exceeds one of
+        ``j``, a tie as one half.
     """
     x = np.asarray(values, dtype=np.float64)
     groups, n = x.shape

@@ -33,7 +33,10 @@ class Classifier:
         """The likeliest label of each record's ``text``."""
         limit = getattr(self.loaded.model.config, "max_position_embeddings", None)
         texts = [r["text"] for r in records]
-        rows = [list(self.loaded.tokenizer(t, truncation=bool(limit), max_length=limit)["input_ids"]) for t in texts]
+        rows = [
+            list(self.loaded.tokenizer(t, truncation=bool(limit), max_length=limit)["input_ids"])
+            for t in texts
+        ]
         made: list[Any] = [None] * len(rows)
         names = self.loaded.model.config.id2label
         for batch in _batches([len(r) for r in rows], self.batch_tokens):
@@ -77,7 +80,7 @@ def load_reward(path: str, where: str, dtype: str, trust_remote_code: bool) -> R
 
 
 def choose(scorer: Scorer, records: Sequence[Record]) -> list[Any]:
-    """The answer that a language model finds likeliest after each prompt: one of ``choices``, or the chosen one.
+    """Which answer a language model finds likeliest after each prompt: its place among the choices.
 
     The summed log-probability of the answer decides; the first of equals.
     """

@@ -1,9 +1,10 @@
 """Models as scorers of texts: causal and masked language models behind one interface.
 
-Both give log-probabilities in nats of the tokens of a text, in batches of texts of like length; equal texts are
-scored once. A causal model predicts each token from those before it, the first from BOS (EOS without one). A
-masked model gives each token's pseudo-log-probability, that token alone masked (Salazar et al. 2020,
-arXiv 1910.14659); its masks are rows of one batch, and only masked positions are projected to the vocabulary.
+Both give log-probabilities in nats of the tokens of a text, in batches of texts of like length; equal texts
+are scored once. A causal model predicts each token from those before it, the first from BOS (EOS without
+one). A masked model gives each token's pseudo-log-probability, that token alone masked (Salazar et al.
+2020, arXiv 1910.14659); its masks are rows of one batch, and only masked positions are projected to the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
 
-import numpy as np
 import torch  # isort: skip
 from numpy.typing import NDArray
 from torch import Tensor
@@ -173,7 +175,7 @@ class Masked:
     def fill(self, masks: Sequence[Fill]) -> list[tuple[float, ...]]:
         """Log-probabilities of each mask's candidates, in the order asked; equal masks are scored once."""
         mask_id = self.loaded.tokenizer.mask_token_id
-        keys = [(f.ids[: f.at] + (mask_id,) + f.ids[f.at + 1 :], f.at, f.candidates) for f in masks]
+        keys = [((*f.ids[: f.at], mask_id, *f.ids[f.at + 1 :]), f.at, f.candidates) for f in masks]
         distinct = list(dict.fromkeys(keys))
         found: dict[Any, tuple[float, ...]] = {}
         for batch in _batches([len(ids) for ids, _, _ in distinct], self.batch_tokens):
@@ -191,7 +193,16 @@ class Masked:
         return [tuple(line[list(r[2])].tolist()) for line, r in zip(logprobs, rows, strict=True)]
 
 
-ROBERTA = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "data2vec-text", "esm")
+ROBERTA = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "mpnet",
+    "data2vec-text",
+    "esm",
+)
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,7 @@ def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices under a budget of padded tokens, longest first, so that memory runs out at once or not at all."""
+    """Indices under a budget of padded tokens, longest first: memory runs out at once or not at all."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:

@@ -49,7 +49,9 @@ def read_vectors(path: str) -> Vectors:
                 raise ToolError(f"{path}:{number}: no numbers after the word {parts[0][:30]!r}") from exc
             if not len(values) or (rows and len(values) != len(rows[0])):
                 wanted = len(rows[0]) if rows else "some"
-                raise ToolError(f"{path}:{number}: {len(values)} numbers after {parts[0][:30]!r}, not {wanted}")
+                raise ToolError(
+                    f"{path}:{number}: {len(values)} numbers after {parts[0][:30]!r}, not {wanted}"
+                )
             words.setdefault(parts[0], len(rows))
             rows.append(values)
     if not rows:

@@ -1,8 +1,9 @@
 """WEAT's effect size and permutation test on vectors (Caliskan, Bryson and Narayanan 2017).
 
-``s(w) = mean cos(w, A) - mean cos(w, B)``; ``d = (mean s(X) - mean s(Y)) / std of s over X and Y``, with ``ddof=1``
-as in the authors' code; p is the share of partitions of X and Y, of the same sizes, whose statistic
-``sum s(X) - sum s(Y)`` is at least the one seen. It depends on s alone, so each partition costs a sum.
+``s(w) = mean cos(w, A) - mean cos(w, B)``; ``d = (mean s(X) - mean s(Y)) / std of s over X and Y``, with
+``ddof=1`` as in the authors' code; p is the share of partitions of X and Y, of the same sizes, whose
+statistic ``sum s(X) - sum s(Y)`` is at least the one seen. It depends on s alone, so each partition costs a
+sum.
 """
 
 from __future__ import annotations

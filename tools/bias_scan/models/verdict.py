@@ -1,0 +1,103 @@
+"""Scores of several models → the rows of one report, and the gates upon them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tuneutils.shared.errors import ExitCode, GateFailed, ToolError, nearest
+from tuneutils.tools.bias_scan.models.estimates import Measure, Settings, differences, estimate
+from tuneutils.tools.bias_scan.report import CAVEAT, Score, shown
+
+
+def scores(
+    measured: Mapping[str, Sequence[Measure]], baseline: str | None, settings: Settings
+) -> list[Score]:
+    """Every score of every model, then paired differences from the baseline.
+
+    Args:
+        measured: label of a model → its measures. With one model alone its label is left out of the groups.
+    """
+    alone = len(measured) == 1
+    made = [estimate(m, settings, "" if alone else label) for label, ms in measured.items() for m in ms]
+    if baseline is None:
+        return made
+    base = {m.key: m for m in measured[baseline]}
+    for label, ms in measured.items():
+        if label == baseline:
+            continue
+        for m in ms:
+            if m.key in base and m.formula == base[m.key].formula:
+                made += differences(m, base[m.key], settings, label, baseline)
+    return made
+
+
+def check_fall_names(required: Sequence[str], baseline: str | None, tests: Sequence[str]) -> None:
+    """Before any work: ``--require-fall`` needs a baseline, and a test that is measured.
+
+    Raises:
+        ToolError: exit 2.
+    """
+    for name in required:
+        if baseline is None:
+            raise ToolError(
+                f"--require-fall {name}: needs --baseline, from which to fall", code=ExitCode.USAGE
+            )
+        test = name.split(".")[0]
+        if "." not in name or test not in tests:
+            raise ToolError(
+                f"--require-fall {name}: must be TEST.SCORE of {', '.join(tests)}{nearest(test, tests)}",
+                code=ExitCode.USAGE,
+            )
+
+
+def check_fall(required: Sequence[str], found: Sequence[Score]) -> None:
+    """Fail unless the bias of every model fell from the baseline's, with an interval that excludes zero.
+
+    ``TEST.SCORE`` names the score over the whole set, ``TEST.GROUP.SCORE`` that of one part.
+
+    Raises:
+        ToolError: no score has that name (2).
+        GateFailed: which did not fall (1).
+    """
+    ending = "-bias-change"
+    changes = [s for s in found if s.metric.endswith(ending)]
+    names: dict[str, list[Score]] = {}
+    for score in changes:
+        _, _, part = score.group.partition(":")
+        name = ".".join(p for p in (score.axis, part, score.metric.removesuffix(ending)) if p)
+        names.setdefault(name, []).append(score)
+    failures = []
+    for name in required:
+        if name not in names:
+            raise ToolError(
+                f"--require-fall {name}: no such score with a neutral value{nearest(name, names)}",
+                code=ExitCode.USAGE,
+            )
+        for score in names[name]:
+            if score.high is None or not score.high < 0.0:
+                why = score.note if score.value is None else shown(score.value, score.low, score.high)
+                failures.append(f"{score.name}: {why}, not below zero")
+    if failures:
+        raise GateFailed(
+            "; ".join(failures[:3]) + (f" (and {len(failures) - 3} more)" if failures[3:] else "")
+        )
+
+
+def table(found: Sequence[Score], whole: bool = True) -> str:
+    """Scores as lines of text, whole sets only unless asked otherwise, with formulas and the caveat."""
+    lines = [["test", "group", "score", "value [95 % interval]", "n", "ties"]]
+    formulas: dict[str, str] = {}
+    for s in found:
+        if whole and ":" in s.group and s.metric not in ("d",):
+            continue
+        value = (
+            shown(s.value, s.low, s.high)
+            if s.value is not None
+            else f"refused: {s.note.removeprefix('refused: ')}"
+        )
+        lines.append([s.axis, s.group or "all", s.metric, value, str(s.n), str(s.extra.get("ties", "-"))])
+        formulas.setdefault(f"{s.axis} {s.metric}", s.formula)
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    plain = {k: v for k, v in formulas.items() if not k.endswith(("-difference", "-bias-change"))}
+    return "\n".join([*rows, *(f"{name}: {text}" for name, text in plain.items()), CAVEAT])
