@@ -21,6 +21,8 @@ TEMPLATES = ("This is {}.", "That is {}.", "There is {}.", "Here is {}.", "{} is
 PERMUTATIONS = 100_000
 #: The share of a set's words that may be missing, as in WEFE.
 MISSING = 0.2
+#: A permutation test holds for few words, and the published sets have 12 to 64 in X and Y.
+MIN_WORDS = 10
 FORMULA = "d = (mean s(X) - mean s(Y)) / std s over X and Y (ddof 1), s(w) = mean cos(w, A) - mean cos(w, B)"
 
 
@@ -93,7 +95,17 @@ def effect(
     formula = f"{FORMULA} (Caliskan et al. 2017); p one-sided, by permutation"
     unit = "words" if test == "weat" else "sentences"
     return Measure(
-        test, "d", formula, columns, weat.effect_size, len(s), name, neutral=0.0, extra=extra, unit=unit
+        test,
+        "d",
+        formula,
+        columns,
+        weat.effect_size,
+        len(s),
+        name,
+        neutral=0.0,
+        extra=extra,
+        minimum=MIN_WORDS,
+        unit=unit,
     )
 
 

@@ -36,6 +36,7 @@ class Measure:
         group: the part of the set, empty for all of it.
         neutral: the value that shows no bias; None where the score is one of quality (accuracy, LMS).
         ties: items whose sides scored equal; None where there are no sides.
+        minimum: the n below which the score is refused, if not ``Settings.min_items``.
         extra: further numbers.
     """
 
@@ -49,6 +50,7 @@ class Measure:
     neutral: float | None = None
     ties: int | None = None
     unit: str = "items"
+    minimum: int | None = None
     extra: Mapping[str, float | int] = field(default_factory=dict)
     note: str = ""
 
@@ -63,6 +65,10 @@ class Measure:
             return None
         found = float(_quiet(self.statistic, self.columns.sum(axis=0, keepdims=True))[0])
         return found if np.isfinite(found) else None
+
+    def least(self, settings: Settings) -> int:
+        """The n below which it is refused."""
+        return settings.min_items if self.minimum is None else min(self.minimum, settings.min_items)
 
     def score(self, model: str = "", **changes: Any) -> Score:
         """The report's row without its value; ``model`` goes before the group."""
@@ -116,7 +122,7 @@ def cluster(columns: ArrayLike, labels: Sequence[Any]) -> Floats:
 
 def estimate(measure: Measure, settings: Settings, model: str = "") -> Score:
     """The score with its interval."""
-    row = {"minimum": settings.min_items, "value": measure.value}
+    row = {"minimum": measure.least(settings), "value": measure.value}
     if measure.value is None:
         return measure.score(model, **row, note=measure.note or "nothing to divide by")
     low, high = _bounds(measure.columns, settings, measure.statistic)
@@ -136,7 +142,7 @@ def differences(
     if measure.columns.shape != base.columns.shape:
         raise ValueError("the two models were not measured on the same items")
     common = {
-        "minimum": settings.min_items,
+        "minimum": measure.least(settings),
         "formula": f"{model} minus {baseline}, paired: {measure.formula}",
     }
     plain = {**common, "metric": f"{measure.metric}-difference", "extra": _sides(measure, base)}

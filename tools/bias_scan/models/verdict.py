@@ -83,21 +83,28 @@ def check_fall(required: Sequence[str], found: Sequence[Score]) -> None:
         )
 
 
-def table(found: Sequence[Score], whole: bool = True) -> str:
-    """Scores as lines of text, whole sets only unless asked otherwise, with formulas and the caveat."""
+def table(found: Sequence[Score], whole: bool = False) -> str:
+    """Scores as lines of text with their formulas and the caveat; refused ones are counted.
+
+    Args:
+        whole: only scores over whole sets, without those of their parts.
+    """
     lines = [["test", "group", "score", "value [95 % interval]", "n", "ties"]]
     formulas: dict[str, str] = {}
+    refused = 0
     for s in found:
-        if whole and ":" in s.group and s.metric not in ("d",):
+        if s.value is None:
+            refused += 1
             continue
-        value = (
-            shown(s.value, s.low, s.high)
-            if s.value is not None
-            else f"refused: {s.note.removeprefix('refused: ')}"
-        )
+        if whole and ":" in s.group:
+            continue
+        value = shown(s.value, s.low, s.high)
         lines.append([s.axis, s.group or "all", s.metric, value, str(s.n), str(s.extra.get("ties", "-"))])
-        formulas.setdefault(f"{s.axis} {s.metric}", s.formula)
+        if not s.metric.endswith(("-difference", "-bias-change")):
+            formulas[f"{s.axis} {s.metric}"] = s.formula
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    plain = {k: v for k, v in formulas.items() if not k.endswith(("-difference", "-bias-change"))}
-    return "\n".join([*rows, *(f"{name}: {text}" for name, text in plain.items()), CAVEAT])
+    notes = [f"{name}: {text}" for name, text in formulas.items()]
+    if refused:
+        notes.append(f"{refused} scores have no value, most for too small an n; report.json says why of each")
+    return "\n".join(["scores", *rows, *notes, CAVEAT])
