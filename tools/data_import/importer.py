@@ -39,6 +39,7 @@ from tuneutils.tools.data_import.cli import Params
 from tuneutils.tools.data_import.rows import RowOptions, data_files, hub_rows, rows
 from tuneutils.tools.data_import.shapes import mapped, to_record
 from tuneutils.tools.data_import.subset import digest, parse_split, side_of, smallest
+from tuneutils.tools.data_import.testsets import TEST_SET, test_set_of
 
 PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}")
 ALLOWED = tuple(name for name in FORMATS if name != "prompt")
@@ -211,7 +212,8 @@ class Importer:
             side = side_of(record, self.plan.shares, self.run.seed) if self.plan.shares else ""
             sinks[side].write(record)
             self.counts.written += 1
-            self.counts.formats[str(format_of(record))] += 1
+            kind = TEST_SET if self._is_test_set(record) else str(format_of(record))
+            self.counts.formats[kind] += 1
             if side:
                 self.counts.sides[side] += 1
         for reader in self.readers:
@@ -298,9 +300,13 @@ class Importer:
         strings = "\n".join(_strings(record))
         if self.plan.drop is not None and self.plan.drop.search(strings):
             return None
-        check(record, ALLOWED)
+        if not self._is_test_set(record):
+            check(record, ALLOWED)
         self.counts.placeholders += bool(PLACEHOLDER.search(strings))
         return record
+
+    def _is_test_set(self, record: Record) -> bool:
+        return self.params.format in ("auto", TEST_SET) and test_set_of(record) is not None
 
     def _kept(self, row: Record, record: Record) -> Record:
         """The fields that ``--keep`` names."""

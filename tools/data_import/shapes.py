@@ -8,6 +8,7 @@ from typing import Any
 
 from tuneutils.shared.errors import nearest
 from tuneutils.shared.records import FORMATS, Record, format_of
+from tuneutils.tools.data_import.testsets import TEST_SET, test_set_of
 
 ROLES = {
     "human": "user",
@@ -40,6 +41,8 @@ def to_record(row: Record, wanted: str) -> Record:
     Raises:
         ValueError: its fields fit no known shape, or cannot be turned into the format.
     """
+    if wanted in ("auto", TEST_SET) and test_set_of(row):
+        return {k: v for k, v in row.items() if k and not str(k).startswith("Unnamed")}
     for shape in (_conversation, _alpaca, _standard, _multiple_choice, _pair):
         record = shape(row)
         if record is not None:

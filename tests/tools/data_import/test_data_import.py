@@ -347,6 +347,10 @@ def test_split_key_of_a_conversation_is_its_opening() -> None:
         ("dpo-en-demo", 300, 295, "preference"),
         ("kto-en-demo", 300, 300, "unpaired"),
         ("piqa", 1500, 1500, "preference"),
+        ("crows-pairs", 1018, 1017, "test-set"),
+        ("stereoset", 4229, 4229, "test-set"),
+        ("bbq", 1012, 1012, "test-set"),
+        ("winobias", 761, 761, "test-set"),
     ],
 )
 def test_builtins(data_import: Import, name: str, read: int, written: int, made: str) -> None:
