@@ -133,6 +133,17 @@ CASES = [
         stdin=True,
         paths=("--lexicon",),
     ),
+    Case(
+        "corpus-build build",
+        lambda a: [a.stream("text")],
+        lambda a: [
+            *("--rule", "c4-lorem-ipsum", "--workers", "1", "--heldout", "0.25"),
+            *("--target", a.stream("text"), "--select", "0.75"),
+        ],
+        reads="text",
+        stdin=True,
+        paths=("--target", "--decontaminate", "--general"),
+    ),
     Case("cf-augment eval", lambda a: [gold_swaps(a)], lambda _: ["--split", "all"], stdin=True),
     Case(
         "lora-tune",
@@ -265,6 +276,17 @@ CASES = [
         lambda a: ["-m", reward_model(a), *CPU],
         reads="preference",
         paths=("-m",),
+        stdin=True,
+    ),
+    Case(
+        "pref-tune train",
+        lambda a: [a.stream("preference")],
+        lambda a: [
+            *("-m", a.model, "--heldout-share", "0.3", "--general", a.stream("text")),
+            *("--answers", "2", "--max-new-tokens", "4", "--max-steps", "2", "--batch-size", "2", *CPU),
+        ],
+        reads="preference",
+        paths=("-m", "--heldout", "--general", "-r"),
         stdin=True,
     ),
     Case(

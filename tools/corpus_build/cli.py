@@ -1,0 +1,30 @@
+"""``corpus-build [build|questions|benchmark] INPUT... -o DIR``: see README.md."""
+
+from __future__ import annotations
+
+from tuneutils.shared.command import Run, Summary, tool, tool_group
+from tuneutils.tools.corpus_build.params import BuildParams
+
+main = tool_group(
+    "corpus-build",
+    group="data",
+    help="Make a domain corpus of raw files, questions and a benchmark; without a subcommand, build.",
+    default="build",
+)
+
+
+@tool("build", BuildParams, group="data", inputs="SOURCE", output="corpus", parent=main)
+def build(run: Run[BuildParams]) -> Summary:
+    """Clean, deduplicate, select and split the texts of SOURCE.
+
+    SOURCE is a folder, a file (text, Markdown, HTML, PDF, manual page, JSONL, Parquet; also packed as .gz or
+    .zst), any other source that data-import takes, or - for JSONL on stdin. Writes train.jsonl and
+    heldout.jsonl with the path, offset, hash and licence of every text, dropped.jsonl with reasons, a report.
+    """
+    from tuneutils.tools.corpus_build.build import build as make
+
+    return make(run)
+
+
+if __name__ == "__main__":
+    main()

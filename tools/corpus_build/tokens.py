@@ -1,0 +1,177 @@
+"""Words of many texts at once, as 64-bit hashes in arrays, and hashes of their n-grams.
+
+A word's hash is the polynomial sum of mix(c_j) · P^j over its characters, in the integers modulo 2^64;
+P is odd, so that it has an inverse there, and the sum over any stretch follows from one pass over
+all characters. Every step below is a pass over an array: no Python code runs per word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+Index = NDArray[np.int64]
+
+SPACE, WORD, PUNCTUATION = 0, 1, 2
+_BASE = 0x9E3779B97F4A7C15 | 1
+_GRAM_BASE = 0xD1342543DE82EF95
+_MASK = (1 << 64) - 1
+
+
+def mix(values: U64) -> U64:
+    """SplitMix64's finaliser: a bijection in which each bit of the input changes half of the output's."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+@cache
+def _character_classes() -> NDArray[np.uint8]:
+    """Class of every code point as Python's ``\\w`` and ``\\s`` have it."""
+    everything = "".join(map(chr, range(0x110000)))
+    classes = np.full(0x110000, PUNCTUATION, np.uint8)
+    for pattern, kind in ((r"\s+", SPACE), (r"\w+", WORD)):
+        for match in re.finditer(pattern, everything):
+            classes[match.start() : match.end()] = kind
+    return classes
+
+
+@cache
+def _character_codes() -> U64:
+    return mix(np.arange(0x110000, dtype=np.uint64))
+
+
+class _Powers:
+    """``base^i`` and ``base^-i`` modulo 2^64, grown as needed."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.up = self.down = np.ones(0, np.uint64)
+
+    def upto(self, count: int) -> tuple[U64, U64]:
+        if len(self.up) < count:
+            size = 1 << (count - 1).bit_length()
+            self.up = _powers(self.base, size)
+            self.down = _powers(pow(self.base, -1, 1 << 64), size)
+        return self.up[:count], self.down[:count]
+
+
+def _powers(base: int, count: int) -> U64:
+    factors = np.full(count, base & _MASK, np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
+
+
+_CHARACTER_POWERS = _Powers(_BASE)
+_GRAM_POWERS = _Powers(_GRAM_BASE)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch of texts.
+
+    Attributes:
+        hashes: ``(n,)``, one for each token.
+        start, end: ``(n,)`` where each token lies in its own text, in characters.
+        kind: ``(n,)`` ``WORD`` or ``PUNCTUATION``.
+        bounds: ``(texts + 1,)``: the tokens of text i are ``bounds[i]:bounds[i + 1]``.
+    """
+
+    hashes: U64
+    start: Index
+    end: Index
+    kind: NDArray[np.uint8]
+    bounds: Index
+
+    def words(self) -> Tokens:
+        """Only the words."""
+        keep = self.kind == WORD
+        before = np.concatenate([[0], np.cumsum(keep)])
+        return Tokens(
+            self.hashes[keep], self.start[keep], self.end[keep], self.kind[keep], before[self.bounds]
+        )
+
+
+def tokenize(texts: Sequence[str], *, spaces_only: bool = False) -> Tokens:
+    r"""Lower-cased tokens ``\w+|[^\w\s]+`` (NLTK's WordPunct), or runs of non-spaces with ``spaces_only``.
+
+    A few characters whose lower case is two characters stay as they are.
+    """
+    lowered = [_lower(t) for t in texts]
+    joined = "\n".join([*lowered, ""])
+    if joined.isascii():
+        characters: NDArray[np.generic] = np.frombuffer(joined.encode("ascii"), np.uint8)
+    else:
+        characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    classes = _character_classes()[characters]
+    if spaces_only:
+        classes = np.minimum(classes, WORD)
+    bounds = np.flatnonzero(classes[1:] != classes[:-1]) + 1
+    bounds = np.concatenate([[0], bounds]) if len(characters) else np.zeros(0, np.int64)
+    ends = np.append(bounds[1:], len(characters))
+    up, down = _CHARACTER_POWERS.upto(len(characters))
+    sums = np.add.reduceat(_character_codes()[characters] * up, bounds) if len(bounds) else up
+    kind = classes[bounds]
+    keep = kind != SPACE
+    start, end = bounds[keep], ends[keep]
+    hashes = mix(sums[keep] * down[start])
+    offsets = np.concatenate([[0], np.cumsum([len(t) + 1 for t in lowered], dtype=np.int64)])
+    token_bounds = np.searchsorted(start, offsets)
+    shift = np.repeat(offsets[:-1], np.diff(token_bounds))
+    return Tokens(hashes, start - shift, end - shift, kind[keep], token_bounds)
+
+
+def _lower(text: str) -> str:
+    lowered = text.lower()
+    if len(lowered) == len(text):
+        return lowered
+    return "".join(low if len(low := c.lower()) == 1 else c for c in text)
+
+
+def window_hashes(hashes: U64, size: int) -> U64:
+    """``(n - size + 1,)``: a hash of each ``size`` consecutive tokens, order included."""
+    count = len(hashes)
+    if count < size:
+        return np.zeros(0, np.uint64)
+    up, down = _GRAM_POWERS.upto(count)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes * up, dtype=np.uint64)])
+    return mix((sums[size:] - sums[:-size]) * down[: count - size + 1])
+
+
+def windows(tokens: Tokens, size: int) -> tuple[U64, Index]:
+    """Hashes of the n-grams that lie within one text, and the index of each one's first token."""
+    found = window_hashes(tokens.hashes, size)
+    text = np.repeat(np.arange(len(tokens.bounds) - 1), np.diff(tokens.bounds))
+    inside = np.flatnonzero(text[: len(found)] == text[size - 1 :]) if len(found) else np.zeros(0, np.int64)
+    return found[inside], inside
+
+
+def shingles(tokens: Tokens, size: int) -> tuple[U64, Index]:
+    """Word n-grams by text: hashes and bounds as in ``Tokens``; a shorter text is one shingle.
+
+    A text without words has none.
+    """
+    grams, first = windows(tokens, size)
+    counts = np.diff(tokens.bounds)
+    short = np.flatnonzero((counts > 0) & (counts < size))
+    if len(short):
+        whole = [_whole(tokens.hashes[tokens.bounds[i] : tokens.bounds[i + 1]]) for i in short]
+        grams = np.concatenate([grams, np.array(whole, np.uint64)])
+        first = np.concatenate([first, tokens.bounds[short]])
+        order = np.argsort(first, kind="stable")
+        grams, first = grams[order], first[order]
+    return grams, np.searchsorted(first, tokens.bounds)
+
+
+def _whole(hashes: U64) -> np.uint64:
+    return window_hashes(hashes, len(hashes))[0]
