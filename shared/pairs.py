@@ -121,11 +121,13 @@ def read_pairs(
     *,
     template: str,
     limit: int,
+    accept: Callable[[Sequence[Text]], None] | None = None,
 ) -> Pairs:
     """Encode every pair of a source.
 
     Args:
         limit: tokens that a text may have; ``run.params.too_long`` says what happens to a longer one.
+        accept: raises ValueError for an encoded pair that the tool cannot use.
 
     Raises:
         ToolError: exit 65 with file and line of what is wrong, unless ``--on-error`` says otherwise.
@@ -137,6 +139,8 @@ def read_pairs(
             texts = [encode_text(prompt, side, tokenizer, template) for side in (chosen, rejected)]
             if texts[0].ids == texts[1].ids:
                 raise ValueError("chosen and rejected are the same tokens")
+            if accept is not None:
+                accept(texts)
             if max(len(t.ids) for t in texts) > limit:
                 if run.params.too_long == "drop":
                     made.dropped += 1
@@ -146,7 +150,8 @@ def read_pairs(
                     raise ValueError(
                         f"has {longest} tokens, more than {limit} (--too-long truncate or drop lets it pass)"
                     )
-                texts = [shortened(t, limit) for t in texts]
+                over = max(len(t.ids) for t in texts) - limit
+                texts = [shortened(t, len(t.ids) - over) for t in texts]  # both keep one prompt
                 made.truncated += 1
         except ValueError as exc:
             source.reader.refuse(item, str(exc))

@@ -1,0 +1,353 @@
+"""Alignment from top to bottom: preferences and a model in, an adapter or a model with its report out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tuneutils.shared.artifact import Artifact, describe_input
+from tuneutils.shared.command import Run
+from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
+from tuneutils.shared.methods import apply_method, quantization, settle_adapter_config
+from tuneutils.shared.models import (
+    ModelRef,
+    load_base,
+    load_tokenizer,
+    model_input,
+    parameter_counts,
+)
+from tuneutils.shared.pairs import Pair, Source, open_source, split
+from tuneutils.tools.pref_tune.examples import (
+    Examples,
+    Single,
+    as_singles,
+    mismatched,
+    read,
+    validate,
+    validate_kto,
+)
+from tuneutils.tools.pref_tune.losses import KINDS, SMOOTHED, Objective
+from tuneutils.tools.pref_tune.params import TrainParams
+from tuneutils.tools.pref_tune.plan import check_options, text_limit
+from tuneutils.tools.pref_tune.setup import (
+    autocast,
+    check_judge,
+    is_main,
+    log_event,
+    peaks,
+    reporter,
+    resume_point,
+    trainer_config,
+    without_dropout,
+)
+
+
+@dataclass
+class Fitted:
+    """What training leaves: the aligned model, how it computes, its parameter counts, steps and log."""
+
+    model: Any
+    tokenizer: Any
+    where: Any
+    dtype: Any
+    packs: bool
+    counts: dict[str, int]
+    steps: int
+    log: list[dict[str, Any]]
+
+
+def train(run: Run[TrainParams]) -> dict[str, Any]:
+    """Run ``pref-tune train``; returns the summary.
+
+    Raises:
+        ToolError: bad input, with its place; nothing is written then.
+    """
+    from tuneutils.tools.pref_tune.report import headline, say, write_report
+
+    params = run.params
+    if not is_main():
+        run.quiet = True
+        run.log.setLevel("ERROR")
+    base = check_options(params)
+    check = validate_kto if params.loss == "kto" else validate
+    source = open_source(run, run.inputs, "records", check)
+    heldout = open_source(run, [params.heldout], "heldout", check) if params.heldout else None
+    inputs = [model_input(params.model), *source.inputs, *(heldout.inputs if heldout else [])]
+    if params.general:
+        inputs.append(describe_input("general", params.general))
+    if params.reward_model:
+        inputs.append(model_input(params.reward_model, "reward-model"))
+    with run.artifact("model" if params.method == "full" else "adapter", inputs) as art:
+        art.licence = inputs[0].licence
+        tokenizer = load_tokenizer(base, trust_remote_code=params.trust_remote_code)
+        check_judge(params, tokenizer)
+        learnt, held = _sides(run, art, source, heldout, tokenizer, text_limit(params, base))
+        fitted = fit(run, art, base, tokenizer, learnt)
+        if not is_main():
+            return {}
+        from tuneutils.tools.pref_tune.measures import measure
+
+        report, answers = measure(run, base, fitted, objective_of(params), held)
+        say(run, report)
+        _save(run, art, base, fitted)
+        write_report(art.dir, report, answers)
+        _record(art, fitted, learnt, report, headline(report))
+    return {"output": run.output, "metrics": art.metrics}
+
+
+def objective_of(params: TrainParams) -> Objective:
+    """The loss with its constants."""
+    return Objective(
+        params.loss,
+        KINDS[params.loss].beta if params.beta is None else params.beta,
+        smoothing=params.label_smoothing if params.loss in SMOOTHED else 0.0,
+        gamma=params.gamma,
+        desirable_weight=params.desirable_weight,
+        undesirable_weight=params.undesirable_weight,
+    )
+
+
+def _sides(
+    run: Run[TrainParams],
+    art: Artifact,
+    source: Source,
+    heldout: Source | None,
+    tokenizer: Any,
+    limit: int,
+) -> tuple[Examples, Examples]:
+    """What is learnt, and what is held out by its prompts."""
+    params = run.params
+    learnt = read(run, source, tokenizer, template=params.template, limit=limit)
+    art.metrics.update(truncated=learnt.truncated, dropped=learnt.dropped, refused=learnt.refused)
+    if heldout is not None:
+        held = read(run, heldout, tokenizer, template=params.template, limit=limit)
+    else:
+        everything: list[Any] = [*learnt.pairs, *learnt.singles]
+        _, kept = split(everything, params.heldout_share, run.seed)
+        keys = {one.key for one in kept}
+        held = Examples(
+            [p for p in learnt.pairs if p.key in keys], [s for s in learnt.singles if s.key in keys]
+        )
+        learnt = replace(
+            learnt,
+            pairs=[p for p in learnt.pairs if p.key not in keys],
+            singles=[s for s in learnt.singles if s.key not in keys],
+        )
+    known = {one.key for one in (*learnt.pairs, *learnt.singles)}
+    if leaked := len({one.key for one in (*held.pairs, *held.singles)} & known):
+        run.log.warning("%d held-out prompts are also learnt from; their numbers flatter", leaked)
+    run.log.info(
+        "%d pairs and %d labelled answers to learn from, %d and %d held out",
+        len(learnt.pairs),
+        len(learnt.singles),
+        len(held.pairs),
+        len(held.singles),
+    )
+    return learnt, held
+
+
+def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, learnt: Examples) -> Fitted:
+    """Train on the records; goes on from the last checkpoint of the same run."""
+    import torch
+
+    from tuneutils.shared.adapters.fused_lora import fused
+    from tuneutils.shared.training import MarkComplete, StopOnNaN
+    from tuneutils.tools.pref_tune.trainer import PreferenceTrainer
+
+    params = run.params
+    seed_everything(run.seed)
+    where = resolve_device(run.device)
+    dtype = resolve_dtype(run.dtype, where)
+    checkpoints = art.work / "checkpoints"
+    singles = as_singles(learnt) if params.loss == "kto" else []
+    config = trainer_config(run, checkpoints, dtype, len(singles) or len(learnt.pairs), where.type == "cpu")
+    # Full fine-tuning keeps float32 master weights and multiplies in the precision asked for.
+    stored = torch.float32 if params.method == "full" else dtype
+    model = load_base(base, where, stored, quantization(params), params.trust_remote_code)
+    if quantization(params):
+        from tuneutils.shared.four_bit import keep_4bit_layout
+
+        keep_4bit_layout(model)
+    without_dropout(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    with fused(model, where, causal_masks=True), config.main_process_first(local=False):
+        lesson = _lesson(run, art, model, tokenizer, learnt.pairs, singles, where, dtype)
+    model = apply_method(model, tokenizer, params, _first_prompt(learnt, tokenizer))
+    if lesson.packs and _is_prompt_learning(model):
+        lesson.packs = False
+    if params.gradient_checkpointing:
+        model.enable_input_require_grads()
+    counts = parameter_counts(model)
+    run.log.info(
+        "%s by %s: %d of %d parameters trainable (%.3f %%), %s on %s",
+        params.loss,
+        params.method,
+        counts["trainable"],
+        counts["total"],
+        100 * counts["trainable"] / counts["total"],
+        dtype_name(dtype),
+        where,
+    )
+    callbacks = [MarkComplete(), StopOnNaN(), reporter(run, art)]
+    trainer = PreferenceTrainer(model, config, tokenizer, lesson, callbacks)
+    with trainer.accelerator.main_process_first():
+        resume = resume_point(run, checkpoints, art)
+    started = time.monotonic()
+    with fused(model, where, causal_masks=True):  # none but those of packed pairs
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    log_event(
+        run,
+        art,
+        event="done",
+        train_s=time.monotonic() - started,
+        resumed=bool(resume),
+        packed=lesson.packs,
+        device=str(where),
+        **peaks(where.type),
+    )
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    return Fitted(
+        trained,
+        tokenizer,
+        where,
+        dtype,
+        lesson.packs,
+        counts,
+        trainer.state.global_step,
+        trainer.log_lines(),
+    )
+
+
+def _lesson(
+    run: Run[TrainParams],
+    art: Artifact,
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    singles: Sequence[Single],
+    where: Any,
+    dtype: Any,
+) -> Any:
+    """The examples with their log-probabilities under the model as it is now, which is the reference."""
+    import numpy as np
+
+    from tuneutils.shared.artifact import library_versions
+    from tuneutils.tools.pref_tune.batches import Reader, can_pack, packed_length
+    from tuneutils.tools.pref_tune.reference import cached, of_pairs, of_texts
+    from tuneutils.tools.pref_tune.trainer import Lesson
+
+    params = run.params
+    pad_id, size = int(tokenizer.pad_token_id), params.batch_size
+    objective, reader = objective_of(params), Reader(model)
+    versions = library_versions()
+    identity = [art.inputs[0].sha256, dtype_name(dtype), where.type, str(quantization(params)), str(size)]
+    identity += [f"{name} {versions.get(name)}" for name in ("torch", "transformers")]
+    with autocast(model, where, dtype):
+        if params.loss == "kto":
+            texts = [one.text for one in singles]
+            other = mismatched(singles, run.seed, max(len(t.ids) for t in texts))
+            both = cached(
+                art.work,
+                [*identity, repr([[t.ids, t.prompt] for t in (*texts, *other)])],
+                lambda: of_texts(reader, [*texts, *other], pad_id, size, where),
+            )
+            desirable = [one.desirable for one in singles]
+            _say_balance(run, desirable)
+            return Lesson(
+                objective,
+                pad_id,
+                np.stack(np.split(both, 2), 1),
+                singles=texts,
+                desirable=desirable,
+                mismatched=other,
+            )
+        sides = [(p.chosen, p.rejected) for p in pairs]
+        packs = can_pack(model, max(packed_length(s) for s in sides))
+        found = cached(
+            art.work,
+            [*identity, str(packs), repr([[c.ids, r.ids, c.prompt] for c, r in sides])],
+            lambda: of_pairs(reader, sides, pad_id, size, packs, where),
+        )
+    return Lesson(
+        objective,
+        pad_id,
+        found,
+        pairs=sides,
+        targets=[_target(p, params.soft_labels) for p in pairs],
+        margins=[params.margin_scale * p.margin for p in pairs],
+        packs=packs,
+    )
+
+
+def _target(pair: Pair, soft: bool) -> float:
+    if soft:
+        return pair.target
+    return 1.0 if pair.target > 0.5 else 0.5 if pair.target == 0.5 else 0.0
+
+
+def _say_balance(run: Run[TrainParams], desirable: Sequence[bool]) -> None:
+    """KTO's advice is ``λ_D n_D : λ_U n_U`` between 1 : 1 and 4 : 3."""
+    good = sum(desirable)
+    bad = len(desirable) - good
+    ratio = run.params.desirable_weight * good / max(run.params.undesirable_weight * bad, 1e-9)
+    if not 0.99 <= ratio <= 1.34:
+        run.log.warning(
+            "%d good and %d bad answers weigh %.2f : 1; between 1 and 1.33 is advised: "
+            "--desirable-weight %.3g would make them equal",
+            good,
+            bad,
+            ratio,
+            run.params.undesirable_weight * bad / good,
+        )
+
+
+def _first_prompt(learnt: Examples, tokenizer: Any) -> str:
+    """What prefix and prompt start from."""
+    text = learnt.pairs[0].chosen if learnt.pairs else learnt.singles[0].text
+    return str(tokenizer.decode(text.ids[: text.prompt]))
+
+
+def _is_prompt_learning(model: Any) -> bool:
+    return any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values())
+
+
+def _save(run: Run[TrainParams], art: Artifact, base: ModelRef, fitted: Fitted) -> None:
+    """The trained weights in their ecosystem's format, without anything that varies between runs."""
+    model = fitted.model
+    model.config.use_cache = True
+    if run.params.method == "full":
+        model.save_pretrained(art.dir)
+    else:
+        config = model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = base.path, base.revision
+        model.save_pretrained(art.dir, save_embedding_layers=False)
+        settle_adapter_config(art.dir)
+    (art.dir / "README.md").unlink(missing_ok=True)
+    fitted.tokenizer.save_pretrained(art.dir)
+    with open(art.dir / "log.jsonl", "w", encoding="utf-8") as stream:
+        for line in fitted.log:
+            stream.write(json.dumps(line) + "\n")
+
+
+def _record(
+    art: Artifact, fitted: Fitted, learnt: Examples, report: dict[str, Any], head: dict[str, Any]
+) -> None:
+    params: TrainParams = art.run.params
+    art.extra["method"] = params.method
+    art.extra["dtype"] = dtype_name(fitted.dtype)
+    if (scheme := quantization(params)) is not None:
+        art.extra["quantization"] = scheme
+    art.metrics.update(
+        trainable_parameters=fitted.counts["trainable"],
+        total_parameters=fitted.counts["total"],
+        pairs=len(learnt.pairs),
+        labelled=len(learnt.singles),
+        beta=report["beta"],
+        steps=fitted.steps,
+        final_loss=next((e["loss"] for e in reversed(fitted.log) if "loss" in e), None),
+        **head,
+    )
