@@ -1,59 +1,57 @@
 """How words near mentions of one group differ from those near another: GenBit, nPMI, COBS.
 
-All work on ``near``, the counts of words within a window of a mention, each weighted by decay ** distance
-(decay 1 counts them plainly). A "neutral" word is none of the axis's own terms.
+All work on ``near``, ``(2, words)`` counts of words within a window of a mention, each weighted by
+decay ** distance (decay 1 counts them plainly), and ask about the same words: neutral ones (no terms of the
+axis) whose smoothed count is in the upper fifth.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-#: Quantile .975 of Student's t with 1 to 30 degrees of freedom.
-T_975 = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
-)
+CHANCE_DRAWS = 20
 
 
-def genbit(near: Floats, mentions: Floats, neutral: Bools, vocabulary: int) -> tuple[float | None, Floats]:
-    """GenBit's score and the log-ratio of every word (Sengupta et al. 2021, GenBit).
+def eligible(near: Floats, neutral: Bools) -> Bools:
+    """Words that the scores ask about.
 
-    ``P(w | g) = (1 + near) / (mentions of g + vocabulary)``; the score is the mean of
-    ``|ln P(w | first) / P(w | second)|`` over the neutral words whose smoothed count in both is at least the
-    80th percentile of such counts above 2.
+    Neutral words whose count near both groups, plus one for each (GenBit's smoothing), is at least the 80th
+    percentile of such counts above 2, which are those of all words seen near either group.
 
     Args:
         near: ``(2, words)``.
-        mentions: ``(2,)``.
         neutral: ``(words,)``.
-
-    Returns:
-        The score, None without eligible words, and ``(words,)`` log-ratios, NaN where not eligible.
     """
-    smoothed = near + 1.0
-    total = smoothed.sum(axis=0)
+    total = near.sum(axis=0) + 2.0
     seen = total[total > 2.0]
-    logs = np.full(near.shape[1], np.nan)
     if not len(seen):
-        return None, logs
-    eligible = neutral & (total > 2.0) & (total >= np.percentile(seen, 80))
-    if not eligible.any():
-        return None, logs
-    given = smoothed / (mentions + vocabulary)[:, None]
-    logs[eligible] = np.log(given[0, eligible] / given[1, eligible])
-    return float(np.abs(logs[eligible]).mean()), logs
+        return np.zeros(near.shape[1], dtype=bool)
+    return neutral & (total > 2.0) & (total >= np.percentile(seen, 80))
+
+
+def log_ratios(near: Floats, mentions: Floats, vocabulary: int) -> Floats:
+    """``(words,)``: ``ln P(w | first) / P(w | second)`` (Sengupta et al. 2021, GenBit, section 3).
+
+    ``P(w | g) = (1 + near) / (mentions + vocabulary)``.
+    """
+    given = (near + 1.0) / (mentions + vocabulary)[:, None]
+    return np.log(given[0] / given[1])
+
+
+def genbit(near: Floats, mentions: Floats, words: Bools, vocabulary: int) -> float | None:
+    """GenBit's score: the mean absolute log-ratio over ``words``."""
+    if not words.any():
+        return None
+    return float(np.abs(log_ratios(near[:, words], mentions, vocabulary)).mean())
 
 
 def npmi(near: Floats) -> Floats:
     """Normalised pointwise mutual information of words and groups (Bouma 2009; Aka et al. 2021).
 
-    ``ln[p(w, g) / (p(w) p(g))] / -ln p(w, g)`` with ``p(w, g)`` the share of all counts of the axis.
+    ``ln[p(w, g) / (p(w) p(g))] / -ln p(w, g)`` with ``p(w, g)`` the share of all counts near the groups.
 
     Args:
         near: ``(groups, words)``.
@@ -70,49 +68,42 @@ def npmi(near: Floats) -> Floats:
     return made
 
 
-def npmi_gap(near: Floats, eligible: Bools) -> float | None:
-    """Mean absolute difference of two groups' nPMI over the eligible words seen near both."""
-    if not near.sum(axis=1).all():
+def npmi_gap(near: Floats, words: Bools) -> float | None:
+    """Mean absolute difference of two groups' nPMI over the words seen near both."""
+    good = words & (near > 0).all(axis=0)
+    if not good.any():
         return None
-    values = npmi(near)
-    good = eligible & (near > 0).all(axis=0)
-    return float(np.abs(values[0, good] - values[1, good]).mean()) if good.any() else None
+    values = npmi(near)[:, good]
+    return float(np.abs(values[0] - values[1]).mean())
 
 
-def cobs(near: Floats, mentions: Floats, tokens: int, eligible: Bools) -> float | None:
-    """Co-occurrence bias score: mean ``|log10 [(c1/T1)/(n1/N) / ((c2/T2)/(n2/N))]|``.
+def cobs(near: Floats, mentions: Floats, tokens: int, words: Bools) -> float | None:
+    """Co-occurrence bias score: mean ``|log10 [(c1/T1)/(n1/N) / ((c2/T2)/(n2/N))]|`` over words near both.
 
     ``c`` the word's count near the group, ``T`` of all words near it, ``n`` the group's mentions, ``N`` all
-    tokens (Bordia and Bowman 2019, section 3). Words not seen near both groups have no ratio.
+    tokens (Bordia and Bowman 2019, section 3).
 
     Args:
         near: ``(2, words)``.
         mentions: ``(2,)``.
     """
-    good = eligible & (near > 0).all(axis=0)
+    good = words & (near > 0).all(axis=0)
     if not good.any() or not mentions.all():
         return None
     share = near[:, good] / near.sum(axis=1)[:, None] / (mentions / tokens)[:, None]
     return float(np.abs(np.log10(share[0] / share[1])).mean())
 
 
-def jackknife(
-    statistic: Callable[[Floats], float | None], buckets: Floats, value: float | None
-) -> tuple[float | None, float | None]:
-    """95 % interval of a statistic of summed buckets, by the delete-a-group jackknife (Kott 2001).
+def by_chance(near: Floats, seed: int) -> Floats:
+    """``(CHANCE_DRAWS, 2, words)``: each word's count dealt to the groups at random.
 
-    Args:
-        statistic: of the sum of buckets; None where it has no value.
-        buckets: ``(K, ...)``.
-
-    Returns:
-        ``value -+ t(.975, K-1) * SE``, or Nones when it fails without one of the buckets.
+    Binomial with the first group's share of all counts, as if no word leant to either; weights are taken for
+    whole counts.
     """
-    whole = buckets.sum(axis=0)
-    left = [statistic(whole - part) for part in buckets]
-    if value is None or any(v is None for v in left) or len(buckets) < 2:
-        return None, None
-    each = np.array(left, dtype=np.float64)
-    k = len(each)
-    spread = T_975[min(k - 1, 30) - 1] * float(np.sqrt((k - 1) / k * ((each - each.mean()) ** 2).sum()))
-    return value - spread, value + spread
+    total = near.sum(axis=0)
+    share = near[0].sum() / total.sum()
+    counts = np.ceil(total).astype(np.int64)
+    scale = np.divide(total, counts, out=np.zeros_like(total), where=counts > 0)
+    rng = np.random.default_rng(seed)
+    first = rng.binomial(counts, share, size=(CHANCE_DRAWS, len(counts))) * scale
+    return np.stack([first, total - first], axis=1)

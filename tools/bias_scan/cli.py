@@ -24,7 +24,7 @@ def data(run: Run[DataParams]) -> Summary:
 
     for module in ("ahocorasick", "jinja2", "matplotlib"):
         require(module, "scan")
-    from tuneutils.tools.bias_scan.data import scan_data
+    from tuneutils.tools.bias_scan.scan_data import scan_data
 
     return scan_data(run)
 

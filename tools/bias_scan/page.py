@@ -21,7 +21,7 @@ def page(report: Report, plots: Mapping[str, Path]) -> str:
     by_axis: dict[str, list[Score]] = {}
     for score in scores_of(report):
         by_axis.setdefault(score.axis, []).append(score)
-    formulas = {score.metric: score.formula for score in scores_of(report)}
+    formulas = dict.fromkeys((score.metric, score.formula) for score in scores_of(report))
     images = {
         name: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
         for name, path in plots.items()

@@ -34,20 +34,18 @@ class DataParams:
     window: int = option(30, help="Words to either side of a mention that count as near it.", min=1, max=200)
     decay: float = option(0.95, help="Weight of a word at a distance of d: decay ** d.", min=0.01, max=1)
     min_mentions: int = option(100, help="Refuse a score of a group with fewer mentions.", min=1)
-    affect: str = option(
-        "none", help="Score texts by group: vader (sentiment), profanity (toxicity).",
-        choices=("none", "vader", "profanity"),
-    )  # fmt: skip
+    sentiment: bool = option(False, help="Score the sampled rows of each group by VADER (English).")
     sample: int = option(
-        1000, help="Rows of each group to take for --affect and quotes.", min=10, max=100_000
+        300, help="Rows of each group to keep for --sentiment and --quotes.", min=10, max=10_000
     )
-    quotes: int = option(3, help="Worst rows to quote for each group.", min=0, max=50)
+    quotes: int = option(3, help="Rows to quote of each group, those that lean most.", min=0, max=50)
+    words: int = option(8, help="Words to show that lean to each side of a pair.", min=0, max=200)
     fail_above: tuple[str, ...] = option(
         (), help="Exit 1 when a score is above a value, e.g. gender.genbit=0.5. Repeatable.",
         metavar="AXIS.SCORE=VALUE",
     )  # fmt: skip
     compare: str | None = option(None, help="Report of a scan before, to show before against after.")
-    workers: int = option(1, help="Processes that scan.", min=1, max=64, role="runtime")
+    workers: int = option(1, help="Processes that scan.", min=1, max=8, role="runtime")
     ray: str | None = option(
         None,
         help="Scan on a Ray cluster at this address; local starts one here.",

@@ -1,0 +1,93 @@
+"""What a person must see: the words that lean to a group, and the rows that lean most."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tuneutils.tools.bias_scan.association import npmi
+from tuneutils.tools.bias_scan.scores import Scores
+from tuneutils.tools.bias_scan.tally import Sampled, Tally
+
+SHOWN_CHARACTERS = 400
+MIN_WORDS = 3
+Table = dict[str, object]
+
+
+def leaning_words(scores: Scores, count: int) -> list[Table]:
+    """For each pair the words that lean most to either side, with their counts."""
+    tables: list[Table] = []
+    for name, pair in scores.pairs.items():
+        ratios, near = scores.ratios[name], pair.near.sum(axis=0)
+        asked = np.flatnonzero(np.isfinite(ratios))
+        if not len(asked):
+            continue
+        order = asked[np.argsort(-ratios[asked], kind="stable")]
+        picked = order if len(order) <= 2 * count else np.concatenate([order[:count], order[-count:]])
+        mutual = npmi(near)
+        first, second = name.split(".", 1)[1].split(":")
+        rows = [
+            [scores.words[i].decode("utf-8", "replace"), *map(float, (ratios[i], *near[:, i], *mutual[:, i]))]
+            for i in picked
+        ]
+        columns = ["word", "ln ratio", f"near {first}", f"near {second}", f"nPMI {first}", f"nPMI {second}"]
+        tables.append({"title": f"{name}: words that lean", "columns": columns, "rows": rows})
+    return tables
+
+
+def frequent_terms(tally: Tally, count: int = 8) -> Table:
+    """The terms by which each group was named most, so that false hits are seen."""
+    by_group: dict[int, list[tuple[int, str]]] = {}
+    groups = tally.matcher.term_group
+    for term in np.flatnonzero(tally.terms).tolist():
+        by_group.setdefault(int(groups[term]), []).append(
+            (-int(tally.terms[term]), tally.matcher.terms[term])
+        )
+    rows = []
+    for number in sorted(by_group):
+        axis, group = tally.matcher.groups[number]
+        most = ", ".join(f"{text} {-n}" for n, text in sorted(by_group[number])[:count])
+        rows.append([tally.matcher.axes[axis], group, most])
+    return {"title": "Most frequent terms of each group", "columns": ["axis", "group", "terms"], "rows": rows}
+
+
+def worst_rows(scores: Scores, tally: Tally, count: int) -> list[Table]:
+    """For each side of a pair the sampled rows whose words lean most to it, by their mean ln ratio."""
+    made: list[Table] = []
+    if not count:
+        return made
+    place = {word: i for i, word in enumerate(scores.words)}
+    for name, pair in scores.pairs.items():
+        ratios = scores.ratios[name]
+        title, label = name.split(".", 1)[0], name.split(".", 1)[1].split(":")
+        for side, (members, sign) in enumerate(((pair.first, 1.0), (pair.second, -1.0))):
+            if label[side] == "rest":
+                continue
+            found = _ranked(tally, members[0], sign * ratios, place, scores.words)[:count]
+            if found:
+                made.append({"title": f"{title}, {label[side]} ({name})", "rows": found})
+    return made
+
+
+def _ranked(
+    tally: Tally, group: int, ratios: np.ndarray, place: dict[bytes, int], words: list[bytes]
+) -> list[dict[str, object]]:
+    """The sampled rows of a group by their mean log-ratio, each text once."""
+    rows: dict[str, Sampled] = {row.text: row for row in reversed(tally.sampled(group))}
+    found = []
+    for row in rows.values():
+        tokens = tally.matcher.find([row.text]).tokens
+        at = sorted({place[t] for t in tokens if t in place and np.isfinite(ratios[place[t]])})
+        if len(at) >= MIN_WORDS:
+            lean = float(ratios[at].mean())
+            most = sorted(at, key=lambda i: (-ratios[i], i))[:3]
+            note = ", ".join(f"{words[i].decode('utf-8', 'replace')} {ratios[i]:+.2f}" for i in most)
+            found.append((-lean, row, f"mean ln ratio {lean:+.2f} of {len(at)} words; {note}"))
+    return [
+        {"place": f"{'<stdin>' if r.path == '-' else r.path}:{r.line}", "text": _short(r.text), "note": note}
+        for lean, r, note in sorted(found, key=lambda f: (f[0], f[1]))
+        if lean < 0
+    ]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
