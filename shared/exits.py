@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -82,7 +83,7 @@ def describe(exc: Exception) -> tuple[str, int]:
     text = " ".join(str(exc).split())
     if isinstance(exc, ToolError):
         return text, exc.code
-    if _out_of_memory(exc, text):
+    if _is_out_of_memory(exc):
         return (
             "out of memory; try half the --batch-size, a shorter --max-length, or --gradient-checkpointing",
             ExitCode.RETRYABLE,
@@ -108,9 +109,21 @@ def _describe_os_error(exc: OSError) -> tuple[str, int]:
     return line, ExitCode.CANNOT_WRITE
 
 
-def _out_of_memory(exc: Exception, text: str) -> bool:
+@contextmanager
+def out_of_memory(advice: str) -> Iterator[None]:
+    """Turns running out of memory meanwhile into exit 75 with the options to try: ``try ADVICE``."""
+    try:
+        yield
+    except Exception as exc:
+        if not _is_out_of_memory(exc):
+            raise
+        raise ToolError(f"out of memory; try {advice}", code=ExitCode.RETRYABLE) from exc
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
     import errno
 
+    text = str(exc)
     named = isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError"
     refused = isinstance(exc, OSError) and exc.errno == errno.ENOMEM
     return named or refused or "can't allocate memory" in text or "not enough memory" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tuneutils.shared.checkpoints import last_checkpoint, run_identity
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
 from tuneutils.shared.errors import ExitCode, GateFailed, ToolError
+from tuneutils.shared.exits import out_of_memory
 from tuneutils.shared.methods import check_method
 from tuneutils.shared.models import (
     ModelRef,
@@ -297,22 +299,10 @@ def mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-class out_of_memory_named:
+def out_of_memory_named(params: Params) -> AbstractContextManager[None]:
     """Turns running out of memory into exit 75 with the batch sizes to try."""
-
-    def __init__(self, params: Params) -> None:
-        self.params = params
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: Any, exc: BaseException | None, _trace: Any) -> None:
-        text = str(exc)
-        memory = isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
-        if exc is not None and (memory or "not enough memory" in text):
-            micro, rows = self.params.micro_batch_size, self.params.rollout_batch_size
-            raise ToolError(
-                f"out of memory; try --micro-batch-size {max(1, micro // 2)} and "
-                f"--rollout-batch-size {max(1, rows // 2)} (now {micro} and {rows})",
-                code=ExitCode.RETRYABLE,
-            ) from exc
+    micro, rows = params.micro_batch_size, params.rollout_batch_size
+    return out_of_memory(
+        f"--micro-batch-size {max(1, micro // 2)} and "
+        f"--rollout-batch-size {max(1, rows // 2)} (now {micro} and {rows})"
+    )

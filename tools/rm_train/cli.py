@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
+from tuneutils.shared.exits import out_of_memory
 from tuneutils.tools.rm_train.params import EvalParams, ScoreParams, TrainParams
 
 main = tool_group(
@@ -32,7 +33,13 @@ def train(run: Run[TrainParams]) -> Summary:
     """
     from tuneutils.tools.rm_train.train import train
 
-    return train(run)
+    params = run.params
+    size, steps = params.batch_size, params.gradient_accumulation
+    advice = f"--batch-size {size // 2} --gradient-accumulation {2 * steps} (now {size} and {steps})"
+    if size == 1:
+        advice = f"--gradient-checkpointing, or a --max-length below {params.max_length}"
+    with out_of_memory(advice):
+        return train(run)
 
 
 @tool(
@@ -46,7 +53,8 @@ def score(run: Run[ScoreParams]) -> Summary:
     """
     from tuneutils.tools.rm_train.score import score
 
-    return score(run)
+    with out_of_memory(smaller(run.params.batch_size)):
+        return score(run)
 
 
 @tool("eval", EvalParams, group="train", inputs="RECORDS", output="report", parent=main)
@@ -57,7 +65,13 @@ def evaluate(run: Run[EvalParams]) -> Summary:
     """
     from tuneutils.tools.rm_train.evaluate import evaluate
 
-    return evaluate(run)
+    with out_of_memory(smaller(run.params.batch_size)):
+        return evaluate(run)
+
+
+def smaller(batch_size: int) -> str:
+    """What to try when forward passes of so many texts do not fit into memory."""
+    return f"--batch-size {batch_size // 2}" if batch_size > 1 else "a lower --max-length"
 
 
 if __name__ == "__main__":
