@@ -8,8 +8,8 @@
 Each task is a process of its own, in turn, with the same model, prompts, response length, batch and epochs;
 medians of --repeats. The reward model has the policy's size. The value model starts from the reward model, of
 full weights or with an adapter of its own as the policy; ``+head`` tasks have a value head on the policy
-instead, which TRL has not. The first update of each is a warm-up. ``rollout``, ``scoring`` and ``update``
-are seconds of one update; a share is what the phase needs (products; for the rollout, weights read)
+instead, which TRL has not. The first update of each is a warm-up, unless it is the only one. ``rollout``,
+``scoring`` and ``update`` are seconds of one update; a share is what the phase needs (products; for the rollout, weights read)
 over its time and this machine's rate, measured at the start of each run.
 
 Peak is the highest resident size of the process, growth that above the size with all models loaded. CPU s is
@@ -241,10 +241,10 @@ def ours(args: argparse.Namespace, method: str) -> dict[str, float]:
             raise
     log = Path(args.work) / ".work" / out.name / "run.jsonl"
     events = [json.loads(text) for text in log.read_text().splitlines()]
-    timed = [e for e in events if e["event"] == "update"][1 - args.updates :]
+    timed = [e for e in events if e["event"] == "update"][min(1, args.updates - 1) - args.updates :]
     means = {k: statistics.mean(e[k] for e in timed) for k in (*PHASES, *SHARES)}
     return {
-        **rates(args, sum(means[k] for k in PHASES), statistics.mean(cpu_s[1:])),
+        **rates(args, sum(means[k] for k in PHASES), statistics.mean(cpu_s[1:] or cpu_s)),
         **means,
         **memory.found(),
     }
@@ -339,6 +339,7 @@ class Phases:
         """From here on, in TRL's module."""
         from transformers.trainer_callback import CallbackHandler
 
+        self._watch(CallbackHandler, "on_train_begin", "start")
         self._watch(ppo_trainer, "batch_generation", "rollout_s")
         self._watch(ppo_trainer, "masked_whiten", "scoring_s")  # the last of scoring
         self._watch(CallbackHandler, "on_step_end", "update_s")
@@ -354,13 +355,14 @@ class Phases:
         setattr(where, function, call)
 
     def found(self, args: argparse.Namespace) -> dict[str, float]:
-        """Rates and means of all updates but the first, a warm-up."""
-        updates = [i for i, (phase, _, _) in enumerate(self.ends) if phase == "update_s"]
-        timed = self.ends[updates[0] :]
+        """Rates and means of all updates but the first, a warm-up, or of the only one."""
+        ends = [i for i, (phase, _, _) in enumerate(self.ends) if phase in ("start", "update_s")]
+        count = max(1, len(ends) - 2)
+        timed = self.ends[ends[-1 - count] :]
         made = dict.fromkeys(PHASES, 0.0)
         for before, after in itertools.pairwise(timed):
-            made[after[0]] += (after[1] - before[1]) / (len(updates) - 1)
-        cpu_s = (timed[-1][2] - timed[0][2]) / (len(updates) - 1)
+            made[after[0]] += (after[1] - before[1]) / count
+        cpu_s = (timed[-1][2] - timed[0][2]) / count
         return rates(args, sum(made.values()), cpu_s) | made
 
 
