@@ -9,8 +9,8 @@ Each task is a process of its own, in turn, with the same model, prompts, respon
 medians of --repeats. The reward model has the policy's size. The value model starts from the reward model, of
 full weights or with an adapter of its own as the policy; ``+head`` tasks have a value head on the policy
 instead, which TRL has not. The first update of each is a warm-up, unless it is the only one. ``rollout``,
-``scoring`` and ``update`` are seconds of one update; a share is what the phase needs (products; for the rollout, weights read)
-over its time and this machine's rate, measured at the start of each run.
+``scoring`` and ``update`` are seconds of one update; a share is what the phase needs (products; for the
+rollout, weights read) over its time and this machine's rate, measured at the start of each run.
 
 Peak is the highest resident size of the process, growth that above the size with all models loaded. CPU s is
 the processor time of one update, whose ratio other work on the machine disturbs less. Both compute in
