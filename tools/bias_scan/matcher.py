@@ -28,7 +28,7 @@ _MARKS = re.compile(
     "[\u0080-\u00a9\u00ab-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u2000-\u206f\u2190-\u2bff"
     "\u3000-\u303f\uff00-\uff0f\U0001f000-\U0001faff\ufe0e\ufe0f]"
 )
-#: Behind these no name stands: "a Christian", "the Bill".
+#: Behind these no name stands ("the Bill") but "A Polish nurse" does.
 DETERMINERS = frozenset(
     b"a an the this that these those my your his her its our their each every no any".split()
 )
@@ -65,9 +65,10 @@ class Mentions:
 class Matcher:
     """Finds the terms of lexicons; ``groups`` numbers all groups of all axes in one row.
 
-    A term flagged ``capital`` needs a capital. One flagged ``word`` as well (Mark, Will, Turkey) counts only
-    inside a sentence, behind a lower-case word that is no determiner; flagged ``place``, or ``word`` without
-    ``capital``, it never counts. What is passed over is counted as ambiguous.
+    A term flagged ``capital`` needs a capital. One flagged ``word`` as well (Mark, Will, Turkey, Polish)
+    counts only inside a sentence, behind a word in lower case: of a name, which has no slot, this must be no
+    determiner. Flagged ``place``, or ``word`` without ``capital``, a term never counts. What is passed over
+    is counted as ambiguous.
 
     Attributes:
         axes: names of the lexicons.
@@ -117,6 +118,7 @@ class Matcher:
         place = np.array(["place" in term.flags for _, _, term in each], dtype=bool)
         self._never = place | (word & ~self._capital)
         self._doubtful = word & ~self._never
+        self._name = np.array([not term.slot for _, _, term in each], dtype=bool)
 
     @property
     def group_axis(self) -> Ints:
@@ -155,7 +157,7 @@ class Matcher:
         unclear = self._never[entry]
         doubtful = np.flatnonzero(self._doubtful[entry])
         if len(doubtful):
-            unclear[doubtful] = ~batch.inside_sentence(start[doubtful])
+            unclear[doubtful] = ~batch.inside_sentence(start[doubtful], self._name[entry[doubtful]])
         ambiguous = np.bincount(self._axis[entry[unclear]], minlength=len(self.axes))
         start, entry = start[~unclear], entry[~unclear]
         blank = letters == SPACE
@@ -203,14 +205,18 @@ class _Tokens:
         made = cls(rows, plain.split(), np.frombuffer(raw, dtype=np.uint8), letters, starts, row_of)
         return made, np.searchsorted(starts, moved)
 
-    def inside_sentence(self, token: Ints) -> Bools:
-        """Whether one blank and a word in lower case, no determiner, stand before each token."""
+    def inside_sentence(self, token: Ints, name: Bools) -> Bools:
+        """Whether one blank and a word in lower case stand before each token.
+
+        Before a name that must be no determiner, before other terms a determiner may have a capital.
+        """
         before = self.starts[token - 1]
         words = [self.tokens[i - 1] for i in token.tolist()]
         end = before + np.array([len(word) for word in words])
         blank = (end + 1 == self.starts[token]) & (self.raw[end] == SPACE)
         lower = (self.plain[before] >= ord("a")) & ~_upper(before, self.raw, self.plain)
-        return blank & lower & np.array([word not in DETERMINERS for word in words])
+        determiner = np.array([word in DETERMINERS for word in words])
+        return blank & np.where(name, lower & ~determiner, lower | determiner)
 
 
 def _upper(at: Ints, raw: Bytes, plain: Bytes) -> Bools:
@@ -239,7 +245,7 @@ def _prepare(texts: Sequence[str]) -> tuple[bytes, bytes]:
 
 
 def _encoded(texts: Sequence[str]) -> bytes:
-    return (_JOINT + _JOINT.join(texts) + _JOINT).encode("utf-8")
+    return _JOINT.join(["", *texts, ""]).encode("utf-8")
 
 
 def _folded(text: str) -> str:
@@ -257,4 +263,4 @@ def _lower_of_same_size(letter: str) -> str:
 def _key(text: str) -> str:
     """A term as it stands in a batch, with a space on either side, one character a byte."""
     _, plain = _prepare([text])
-    return " " + " ".join(plain.decode("latin-1").split()[1:-1]) + " "
+    return " " + b" ".join(plain.split()[1:-1]).decode("latin-1") + " "

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tuneutils.tools.bias_scan.matcher import Ints, Mentions
 
 MAX_WORDS = 1 << 15
+GROWTH = 1 << 12
 #: Weights are multiples of 2**-20, so that float64 sums of up to 2**33 are exact in whatever order.
 GRAIN = float(1 << 20)
 Floats = NDArray[np.float64]
@@ -36,12 +37,13 @@ class Window:
 class Near:
     """Weighted counts of words near the mentions of each group.
 
-    When ``MAX_WORDS`` are full the rarer half of the words is forgotten (lossy counting, Manku and Motwani
-    2002): a word that comes back starts anew, so its count is too low by ``pruned_below`` a time at most.
+    With more than ``MAX_WORDS`` words, the half of that number with the greatest counts is kept (lossy
+    counting, Manku and Motwani 2002): a word that comes back starts anew, so that its count is too low by
+    ``pruned_below`` for each time at most.
 
     Attributes:
         words: word → column.
-        tables: group → ``(MAX_WORDS,)`` counts.
+        tables: group → ``(width,)`` counts, at least as wide as there are words.
         pruned: words forgotten; ``pruned_below``: the greatest count of one of them.
     """
 
@@ -52,14 +54,17 @@ class Near:
         self.pruned = 0
         self.pruned_below = 0.0
         self._stop = frozenset(w.encode() for w in stop_words)
-        self._free = list(range(MAX_WORDS - 1, -1, -1))
 
     def add(self, found: Mentions) -> None:
-        """Count the words within the window of each mention, in its text; function words do not count."""
+        """Count the words within the window of each mention, in its text.
+
+        Function words do not count, nor do the words of phrases that are mentions.
+        """
         ids = self._columns(found.tokens)
         is_head = np.zeros(len(ids), dtype=bool)
-        for more in range(1, int(found.length.max())):
-            ids[found.start[found.length > more] + more] = -1
+        phrases = found.length > 1
+        for part in range(int(found.length.max())):
+            ids[found.start[phrases & (found.length > part)] + part] = -1
         is_head[found.start] = True
         kept = np.flatnonzero((ids >= 0) | is_head)
         ids, rows = ids[kept], found.row_of[kept]
@@ -75,37 +80,28 @@ class Near:
         good = (distance > 0) & (ids[other] >= 0)
         which, other, distance = which[good], other[good], distance[good]
         self._scatter(found.group[which], ids[other], self.window.weights[distance])
+        self._prune()
 
     def _columns(self, tokens: list[bytes]) -> Ints:
         """``(tokens,)`` columns, new words' too; -1 for what is no content word."""
         for token in sorted(set(tokens).difference(self.words, self._stop)):
-            self.column(token)
+            if len(token) > 1 and token.decode("utf-8", "ignore").isalpha():
+                self.words[token] = len(self.words)
         return np.fromiter(map(self.words.get, tokens, repeat(-1)), dtype=np.int64, count=len(tokens))
 
-    def column(self, token: bytes) -> int:
-        """The token's column, a new one if need be; -1 for what is no content word."""
-        known = self.words.get(token)
-        if known is not None:
-            return known
-        if token in self._stop or len(token) < 2 or not token.decode("utf-8", "ignore").isalpha():
-            return -1
-        if not self._free:
-            self._prune()
-        self.words[token] = self._free.pop()
-        return self.words[token]
-
     def _prune(self) -> None:
-        totals = np.zeros(MAX_WORDS)
-        for table in self.tables.values():
-            totals += table
-        ranked = sorted(self.words, key=lambda w: (totals[self.words[w]], w))
-        gone = ranked[: len(ranked) // 2]
-        columns = [self.words.pop(word) for word in gone]
-        for table in self.tables.values():
-            table[columns] = 0.0
+        if len(self.words) <= MAX_WORDS:
+            return
+        totals = np.zeros(len(self.words))
+        for group in self.tables:
+            totals += self.table(group)[: len(totals)]
+        ranked = sorted(self.words, key=lambda w: (-totals[self.words[w]], w))
+        kept, gone = ranked[: MAX_WORDS // 2], ranked[MAX_WORDS // 2 :]
+        columns = [self.words[word] for word in kept]
+        self.tables = {group: table[columns] for group, table in self.tables.items()}
         self.pruned += len(gone)
-        self.pruned_below = max(self.pruned_below, float(totals[columns].max()))
-        self._free = columns[::-1]
+        self.pruned_below = max(self.pruned_below, float(totals[self.words[gone[0]]]))
+        self.words = {word: i for i, word in enumerate(kept)}
 
     def _scatter(self, group: Ints, column: Ints, weights: Floats) -> None:
         order = np.argsort(group, kind="stable")
@@ -114,23 +110,23 @@ class Near:
             np.add.at(self.table(number), column[part], weights[part])
 
     def table(self, group: int) -> Floats:
-        if group not in self.tables:
-            self.tables[group] = np.zeros(MAX_WORDS)
-        return self.tables[group]
+        """The group's counts, wide enough for all words."""
+        table = self.tables.get(group, np.zeros(0))
+        if len(table) < len(self.words):
+            wider = np.zeros(-(-len(self.words) // GROWTH) * GROWTH)
+            wider[: len(table)] = table
+            self.tables[group] = table = wider
+        return table
 
     def merge(self, other: Near) -> None:
         """Add another part of the same scan."""
         self.pruned += other.pruned
         self.pruned_below = max(self.pruned_below, other.pruned_below)
-        if not self.words:
-            self.words, self.tables, self._free = other.words, other.tables, other._free
-            return
-        for word in sorted(other.words):
-            self.column(word)
-        kept = [w for w in sorted(other.words) if w in self.words]
-        to, source = (np.array([part[w] for w in kept], dtype=np.int64) for part in (self.words, other.words))
+        source = np.array(list(other.words.values()), dtype=np.int64)
+        to = np.array([self.words.setdefault(w, len(self.words)) for w in other.words], dtype=np.int64)
         for group in sorted(other.tables):
-            self.table(group)[to] += other.tables[group][source]
+            self.table(group)[to] += other.table(group)[source]
+        self._prune()
 
     def __getstate__(self) -> dict[str, Any]:
         """Tables travel between processes as their cells that are not zero."""

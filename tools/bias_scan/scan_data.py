@@ -33,6 +33,8 @@ from tuneutils.tools.bias_scan.texts import check_fields
 TITLE = "Groups of people in the data"
 #: Names of months: inside a sentence and with a capital they are no names either.
 MONTHS = ("april", "may", "june", "august")
+#: Ordinary words as well, which the list does not say of them.
+WORDS = frozenset({"polish"})
 
 
 def scan_data(run: Run[DataParams]) -> Summary:
@@ -84,7 +86,7 @@ def lexicons_of(params: DataParams) -> list[Lexicon]:
     shipped = [axis for axis in axes if params.lang in available()[axis]]
     if not shipped:
         raise ToolError(f"--lang {params.lang}: no lexicon of {', '.join(axes)}", code=ExitCode.USAGE)
-    made = [load(axis, params.lang) for axis in shipped]
+    made = [_with_words(load(axis, params.lang)) for axis in shipped]
     if params.names and params.lang == "en":
         taken = {term.text for axis in available() for term in load(axis).terms} | set(MONTHS)
         made = [
@@ -99,6 +101,11 @@ def lexicons_of(params: DataParams) -> list[Lexicon]:
                 code=ExitCode.USAGE,
             )
     return made + own
+
+
+def _with_words(lexicon: Lexicon) -> Lexicon:
+    terms = tuple(replace(t, flags=t.flags | {"word"}) if t.text in WORDS else t for t in lexicon.terms)
+    return replace(lexicon, terms=terms)
 
 
 def _with_names(lexicon: Lexicon, taken: set[str]) -> Lexicon:

@@ -172,7 +172,7 @@ class Scores:
             near = self._tally.near[shard]
             for group in side:
                 if group in near.tables:
-                    made[shard, to] += near.tables[group][source]
+                    made[shard, to] += near.table(group)[source]
         return made
 
     def _associate(
