@@ -10,12 +10,12 @@ from tuneutils.shared.artifact import Artifact, describe_input
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.records import Reader, Record
-from tuneutils.tools.bias_scan.gate import check_gates, parse_gates
+from tuneutils.tools.bias_scan.gate import parse_gates
 from tuneutils.tools.bias_scan.models import consistency, fairness
 from tuneutils.tools.bias_scan.models.estimates import Measure, Settings
 from tuneutils.tools.bias_scan.models.labels import labelled
 from tuneutils.tools.bias_scan.models.params import PredictionParams
-from tuneutils.tools.bias_scan.models.verdict import check_fall, check_fall_names, scores, table
+from tuneutils.tools.bias_scan.models.verdict import check_above, check_fall, check_fall_names, scores, table
 from tuneutils.tools.bias_scan.report import make_report, scores_of, write_report
 
 TESTS = (fairness.TEST, consistency.NAME)
@@ -58,8 +58,9 @@ def scan_predictions(run: Run[PredictionParams]) -> dict[str, Any]:
         found = scores_of(report)
         art.metrics = {s.name: s.value for s in found}
     run.log.info("%s", table(found, whole=len(found) > 60))
-    check_gates(gates, found)
-    check_fall(params.require_fall, found)
+    labels = list(rows)
+    check_above(gates, found, labels)
+    check_fall(params.require_fall, found, labels)
     return {"output": run.output, "metrics": art.metrics}
 
 

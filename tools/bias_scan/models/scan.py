@@ -17,12 +17,12 @@ from tuneutils.shared.errors import ExitCode, ToolError, nearest
 from tuneutils.shared.models import model_input
 from tuneutils.shared.records import Located, Reader, open_writer
 from tuneutils.shared.streams import Record
-from tuneutils.tools.bias_scan.gate import check_gates, parse_gates
+from tuneutils.tools.bias_scan.gate import parse_gates
 from tuneutils.tools.bias_scan.models import load as loading
 from tuneutils.tools.bias_scan.models.estimates import Measure, Settings
 from tuneutils.tools.bias_scan.models.labels import labelled
 from tuneutils.tools.bias_scan.models.params import TESTS, ModelParams
-from tuneutils.tools.bias_scan.models.verdict import check_fall, check_fall_names, scores, table
+from tuneutils.tools.bias_scan.models.verdict import check_above, check_fall, check_fall_names, scores, table
 from tuneutils.tools.bias_scan.report import make_report, scores_of, write_report
 
 BUILTIN = "builtin"
@@ -71,8 +71,9 @@ def scan_models(run: Run[ModelParams]) -> dict[str, Any]:
         found = scores_of(report)
         art.metrics = {s.name: s.value for s in found}
     run.log.info("%s", table(found, whole=len(found) > 60))
-    check_gates(gates, found)
-    check_fall(params.require_fall, found)
+    labels = [label for label, _ in models]
+    check_above(gates, found, labels)
+    check_fall(params.require_fall, found, labels)
     return {"output": run.output, "metrics": art.metrics}
 
 

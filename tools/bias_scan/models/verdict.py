@@ -8,6 +8,9 @@ from tuneutils.shared.errors import ExitCode, GateFailed, ToolError, nearest
 from tuneutils.tools.bias_scan.models.estimates import Measure, Settings, differences, estimate
 from tuneutils.tools.bias_scan.report import CAVEAT, Score, shown
 
+#: The ending of a metric that says by how much bias changed.
+CHANGE = "-bias-change"
+
 
 def scores(
     measured: Mapping[str, Sequence[Measure]], baseline: str | None, settings: Settings
@@ -50,7 +53,7 @@ def check_fall_names(required: Sequence[str], baseline: str | None, tests: Seque
             )
 
 
-def check_fall(required: Sequence[str], found: Sequence[Score]) -> None:
+def check_fall(required: Sequence[str], found: Sequence[Score], labels: Sequence[str]) -> None:
     """Fail unless the bias of every model fell from the baseline's, with an interval that excludes zero.
 
     ``TEST.SCORE`` names the score over the whole set, ``TEST.GROUP.SCORE`` that of one part.
@@ -59,28 +62,56 @@ def check_fall(required: Sequence[str], found: Sequence[Score]) -> None:
         ToolError: no score has that name (2).
         GateFailed: which did not fall (1).
     """
-    ending = "-bias-change"
-    changes = [s for s in found if s.metric.endswith(ending)]
-    names: dict[str, list[Score]] = {}
-    for score in changes:
-        _, _, part = score.group.partition(":")
-        name = ".".join(p for p in (score.axis, part, score.metric.removesuffix(ending)) if p)
-        names.setdefault(name, []).append(score)
+    names = _by_name([s for s in found if s.metric.endswith(CHANGE)], labels)
     failures = []
     for name in required:
-        if name not in names:
-            raise ToolError(
-                f"--require-fall {name}: no such score with a neutral value{nearest(name, names)}",
-                code=ExitCode.USAGE,
-            )
-        for score in names[name]:
+        for score in _named(f"--require-fall {name}", f"{name}{CHANGE}", names):
             if score.high is None or not score.high < 0.0:
                 why = score.note if score.value is None else shown(score.value, score.low, score.high)
                 failures.append(f"{score.name}: {why}, not below zero")
-    if failures:
-        raise GateFailed(
-            "; ".join(failures[:3]) + (f" (and {len(failures) - 3} more)" if failures[3:] else "")
+    _fail(failures)
+
+
+def check_above(limits: Mapping[str, float], found: Sequence[Score], labels: Sequence[str]) -> None:
+    """Fail when a named score of any model is above its limit, or has no value. Names as in ``check_fall``.
+
+    Raises:
+        ToolError: no score has that name (2).
+        GateFailed: which are above (1).
+    """
+    names = _by_name(found, labels)
+    failures = []
+    for name, limit in limits.items():
+        for score in _named(f"--fail-above {name}", name, names):
+            if score.value is None:
+                failures.append(f"{score.name} has no value ({score.note})")
+            elif score.value > limit:
+                failures.append(f"{score.name} = {score.value:.4g} is above {limit:g}")
+    _fail(failures)
+
+
+def _by_name(found: Sequence[Score], labels: Sequence[str]) -> dict[str, list[Score]]:
+    """Scores by their name without the model's label."""
+    names: dict[str, list[Score]] = {}
+    for score in found:
+        label, _, part = score.group.partition(":")
+        group = part if len(labels) > 1 and label in labels else score.group
+        names.setdefault(".".join(p for p in (score.axis, group, score.metric) if p), []).append(score)
+    return names
+
+
+def _named(flag: str, name: str, names: Mapping[str, list[Score]]) -> list[Score]:
+    if name not in names:
+        raise ToolError(
+            f"{flag}: no such score{nearest(name, names)}; report.json names all", code=ExitCode.USAGE
         )
+    return names[name]
+
+
+def _fail(failures: Sequence[str]) -> None:
+    if failures:
+        more = f" (and {len(failures) - 3} more)" if len(failures) > 3 else ""
+        raise GateFailed("; ".join(failures[:3]) + more)
 
 
 def table(found: Sequence[Score], whole: bool = False) -> str:

