@@ -27,10 +27,10 @@ SHARES = {"gguf bf16": 0.65, "gguf q8-0": 0.85, "gguf q4-0": 0.70}
 def export(model: Path, heldout: Path, target: str, scheme: str, out: Path, *, gate: bool) -> dict[str, Any]:
     """Make a package; returns its metrics. ``gate``: the default thresholds, else none."""
     command = [sys.executable, "-m", "tuneutils.tools.edge_export.cli", str(model), "--heldout", str(heldout)]
-    command += ["--target", target, "--scheme", scheme, "-o", str(out), "--json", "-q"]
-    command += [] if gate else ["--min-agreement", "0", "--max-kl", "1e9", "--parity-tokens", "16"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(done.stdout))
+    command += ["--target", target, "--scheme", scheme, "-o", str(out), "-q"]
+    loose = ["--min-agreement", "0", "--max-kl", "1e9", "--parity-tokens", "16"]
+    subprocess.run(command + (["--parity-tokens", "4096"] if gate else loose), check=True)
+    return dict(json.loads((out / "artifact.json").read_text(encoding="utf-8"))["metrics"])
 
 
 def speed(path: Path, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
@@ -145,7 +145,8 @@ def show(rows: list[dict[str, Any]], limit: float) -> None:
 def run(
     model: Path, heldout: Path, targets: dict[str, tuple[str, ...]], gate: bool, options: argparse.Namespace
 ) -> Any:
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as temporary:
+        root = str(options.packages or temporary)
         models = {"transformers bf16": model}
         parity = {}
         for target, schemes in targets.items():
@@ -174,6 +175,7 @@ def main() -> None:
         "--layers", type=int, default=0, help="also a random Llama of so many layers (16: 1.2B)"
     )
     parser.add_argument("--only-random", action="store_true", help="leave the base out")
+    parser.add_argument("--packages", type=Path, help="folder that keeps the packages for the next run")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     made = {}

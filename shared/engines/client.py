@@ -22,6 +22,7 @@ MODULES = {
     "llama.cpp": "tuneutils.shared.engines.llama_cpp",
     "onnxruntime-genai": "tuneutils.shared.engines.onnx_genai",
     "openvino-genai": "tuneutils.shared.engines.openvino_genai",
+    "executorch": "tuneutils.shared.engines.executorch_pte",
 }
 
 

@@ -55,7 +55,11 @@ PREBUILT = {
 }
 
 #: Engine → (import name, extra).
-WHEELS = {"onnxruntime-genai": ("onnxruntime_genai", "edge"), "openvino-genai": ("openvino_genai", "edge")}
+WHEELS = {
+    "onnxruntime-genai": ("onnxruntime_genai", "edge"),
+    "openvino-genai": ("openvino_genai", "edge"),
+    "executorch": ("executorch", "executorch"),
+}
 
 
 def llama_cpp_folder() -> Path:

@@ -24,7 +24,7 @@ main = tool_group(
     parent=main,
 )
 def package(run: Run[Params]) -> Summary:
-    """Write MODEL as a package for llama.cpp, ONNX Runtime GenAI or OpenVINO GenAI.
+    """Write MODEL as a package for llama.cpp, ONNX Runtime GenAI, OpenVINO GenAI or ExecuTorch.
 
     The package has its tokenizer, its chat template and an example program that needs only the runtime. It is
     written only if it agrees with MODEL on held-out text, measured in that runtime; otherwise exit 1.

@@ -34,12 +34,14 @@ class Built:
         model: the file or folder inside the package that the runtime loads.
         types: what the weights really are.
         example: the example program, of ``examples/``.
+        context: tokens that fit, where that is less than the model's own context.
     """
 
     engine: str
     model: str
     types: TensorTypes
     example: str
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ BUILDERS = {
     "gguf": ("llama.cpp", "gguf_target"),
     "onnx": ("onnxruntime-genai", "onnx_target"),
     "openvino": ("openvino-genai", "openvino_target"),
+    "executorch": ("executorch", "executorch_target"),
 }
 
 
@@ -96,7 +99,7 @@ def export(run: Run[Params]) -> dict[str, Any]:
         environment = {"OMP_NUM_THREADS": str(params.threads)} if params.threads else {}
         built = _builder(params.target)(Job(weights, tokenizer, art.dir, scheme, params, environment))
         _companions(art, weights.folder, built)
-        _chat(art, tokenizer, weights)
+        _chat(art, tokenizer, weights, built.context)
         found = _check(run, art, built, given, records, environment)
         _describe(art, ref.manifest, params.target, scheme, built, _parameters(weights))
         art.metrics.update({k: v for k, v in found.items() if k != "first_unlike"})
@@ -127,7 +130,7 @@ def _companions(art: Artifact, folder: Path, built: Built) -> None:
     shutil.copyfile(EXAMPLES / built.example, art.dir / "example.py")
 
 
-def _chat(art: Artifact, tokenizer: Any, weights: Any) -> None:
+def _chat(art: Artifact, tokenizer: Any, weights: Any, context: int | None) -> None:
     """``chat.json``: what stands before and after a user's message, what ends the answer, how much fits.
 
     For runtimes without a template engine; it is the chat template, rendered.
@@ -139,8 +142,8 @@ def _chat(art: Artifact, tokenizer: Any, weights: Any) -> None:
             [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
         )
         before, _, after = str(text).partition(mark)
-    stop, context = end_tokens(tokenizer, weights), weights.config.get("max_position_embeddings")
-    chat = {"before": before, "after": after, "stop": stop, "context": context}
+    context = context or weights.config.get("max_position_embeddings")
+    chat = {"before": before, "after": after, "stop": end_tokens(tokenizer, weights), "context": context}
     write_json(art.dir / "chat.json", chat)
 
 

@@ -14,6 +14,7 @@ SCHEMES = {
     ),
     "onnx": ("int4", "fp32", "int8"),
     "openvino": ("q8-0", "f16", "q4-0"),
+    "executorch": ("int8", "fp32", "int4"),
 }  # fmt: skip
 TARGETS = tuple(SCHEMES)
 

@@ -35,6 +35,7 @@ LLAMA3 = {
 llama_cpp = pytest.mark.skipif(not runtimes.installed("llama.cpp"), reason="run edge-export runtime first")
 onnx = pytest.mark.skipif(not runtimes.installed("onnxruntime-genai"), reason="needs the extra edge")
 openvino = pytest.mark.skipif(not runtimes.installed("openvino-genai"), reason="needs the extra edge")
+executorch = pytest.mark.skipif(not runtimes.installed("executorch"), reason="needs the extra executorch")
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +341,46 @@ def test_openvino(click_cli: Cli, model: Path, heldout: Path, workdir: Path) -> 
     matrices = sum(p.numel() for p in load_model(str(model)).model.parameters() if p.ndim == 2)
     assert done.json()["tensor_types"]["U8"]["parameters"] == matrices
     assert done.json()["kl"]["value"] < 0.02
+
+
+@executorch
+@pytest.mark.slow
+def test_executorch(click_cli: Cli, model: Path, heldout: Path, workdir: Path) -> None:
+    args = ("--heldout", heldout, "--target", "executorch", "--scheme", "int8", "--threads", "1")
+    done = click_cli("edge-export", model, *args, "-o", "out", "--json")
+    assert done.code == 0, done.stderr
+    linear = [p.numel() for n, p in load_model(str(model)).model.named_parameters() if "_proj" in n]
+    vocabulary = load_model(str(model)).model.get_input_embeddings().weight.numel()
+    assert done.json()["tensor_types"]["INT8"]["parameters"] == sum(linear) + vocabulary  # the head too
+    assert done.json()["kl"]["value"] < 0.02
+    wanted, found = both_logprobs(model, "executorch", Path("out/model.pte"), workdir)
+    assert (wanted.exp() * (wanted - found)).sum(-1).max() < 0.05
+    program = [sys.executable, "-I", "out/example.py", "Measure twice"]
+    said = subprocess.run(program, capture_output=True, check=True, timeout=300)
+    words = said.stdout.decode("utf-8", "replace").split()
+    assert words[:2] == greedy_answer(model, "Measure twice").split()[:2]
+
+
+def test_executorch_that_is_absent_names_the_line_that_installs_it(
+    click_cli: Cli, model: Path, heldout: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runtimes.WHEELS, "executorch", ("no_such_module", "executorch"))
+    done = click_cli("edge-export", model, "--heldout", heldout, "--target", "executorch", "-o", "out")
+    assert done.code == 69
+    assert "pip install 'tuneutils[executorch]'" in done.error
+    assert not Path("out").exists()
+
+
+def test_executorch_int4_needs_whole_groups(
+    click_cli: Cli, heldout: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runtimes.WHEELS, "executorch", ("json", "executorch"))  # refused before it is asked
+    folder = build_tiny_model(workdir / "m", hidden_size=64, intermediate_size=40)
+    args = ("--heldout", heldout, "--target", "executorch", "--scheme", "int4", "-o", "out")
+    done = click_cli("edge-export", folder, *args)
+    assert done.code == 65
+    assert "intermediate_size 40 is no multiple of 32" in done.error
+    assert not Path("out").exists()
 
 
 @llama_cpp
