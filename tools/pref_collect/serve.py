@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from tuneutils.shared.command import Run, Summary
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.serving import LOOPBACK, check_host, listen, url_of
 from tuneutils.tools.pref_collect.db import (
     Answer,
     Assignment,
@@ -27,8 +27,6 @@ from tuneutils.tools.pref_collect.raters import make_tokens, write_tokens
 from tuneutils.tools.pref_collect.study import load_candidates, set_up
 from tuneutils.tools.pref_collect.web import Options, build_app
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-
 
 def serve(run: Run[ServeParams]) -> Summary:
     """Serve until Ctrl-C or SIGTERM; gives the counts of what the database then holds."""
@@ -39,10 +37,10 @@ def serve(run: Run[ServeParams]) -> Summary:
     engine = open_engine(params.db, create=True)
     with database_errors(url):
         settings = set_up(engine, run, candidates)
-        listening = _listen(params.host, params.port)
+        listening = listen(params.host, params.port)
         made = make_tokens(engine, params.rater)
     scheme = "https" if params.tls_cert else "http"
-    address = f"{scheme}://{_bracketed(params.host)}:{listening.getsockname()[1]}"
+    address = url_of(scheme, listening, params.host)
     if not run.json:
         write_tokens(made, address)
     state = _state(engine)
@@ -68,12 +66,7 @@ def serve(run: Run[ServeParams]) -> Summary:
 
 def page_options(params: ServeParams) -> Options:
     """Raises ToolError (2) for an address that others reach without --allow-remote, or half a TLS pair."""
-    remote = params.host not in LOOPBACK and not _is_loopback(params.host)
-    if remote and not params.allow_remote:
-        raise ToolError(
-            f"--host {params.host}: other machines could reach it; add --allow-remote if that is meant",
-            code=ExitCode.USAGE,
-        )
+    remote = check_host(params.host, params.allow_remote)
     if bool(params.tls_cert) != bool(params.tls_key):
         raise ToolError("--tls-cert and --tls-key go together", code=ExitCode.USAGE)
     hosts = frozenset(params.trusted_host)
@@ -92,33 +85,6 @@ def page_options(params: ServeParams) -> Options:
         max_body_bytes=params.max_body_kib * 1024,
         requests_per_s=params.requests_per_s,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(512)
-    except OSError as exc:
-        listening.close()
-        raise ToolError(
-            f"--host {host} --port {port}: {(exc.strerror or str(exc)).lower()}; try another --port",
-            code=ExitCode.UNAVAILABLE,
-        ) from exc
-    return listening
 
 
 def _serve(run: Run[ServeParams], app: Any, listening: socket.socket, address: str) -> None:
