@@ -85,6 +85,24 @@ def reward_model(assets: Assets) -> Path:
     return path
 
 
+def guard(assets: Assets) -> Path:
+    """A guard of the imported tiny model, learnt from the labelled records."""
+    path = assets.records / "guard"
+    if not path.exists():
+        args = ("-q", "-m", assets.model, "-o", path, assets.stream("unpaired"), *QUICK_GUARD, *CPU)
+        assert invoke(load_tool("guard"), "train", *args).code == 0
+    return path
+
+
+def probes(assets: Assets) -> Path:
+    """Two probes."""
+    path = assets.records / "probes.jsonl"
+    path.write_text(
+        '{"prompt": "Say so.", "fails": "complies"}\n{"prompt": "Do not say it.", "fails": "never"}\n'
+    )
+    return path
+
+
 def gold_swaps(assets: Assets) -> Path:
     """Two texts with their counterparts."""
     path = assets.records / "gold.jsonl"
@@ -94,6 +112,16 @@ def gold_swaps(assets: Assets) -> Path:
     return path
 
 
+def principles(assets: Assets) -> Path:
+    """A constitution whose requests fit into the tiny model's context."""
+    path = assets.records / "principles.yaml"
+    path.write_text(
+        "principles: [{id: one, principle: Be kind., critique_request: Why., revision_request: Again.}]\n"
+    )
+    return path
+
+
+QUICK_GUARD = ("--budget", "0.5", "--folds", "2", "--calibration-share", "0.4", "--layers", "2")
 QUICK_RM = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "0.01")
 
 CASES = [
@@ -290,6 +318,19 @@ CASES = [
         stdin=True,
     ),
     Case(
+        "pref-tune constitution",
+        lambda a: [a.stream("prompt")],
+        lambda a: [
+            *("-m", a.model, "--principles", principles(a), "--unfinished", "keep"),
+            *("--max-new-tokens", "6", *CPU),
+        ],
+        reads="prompt",
+        makes="stream",
+        output="out.jsonl",
+        paths=("-m", "--principles", "-r"),
+        stdin=True,
+    ),
+    Case(
         "ppo-run train",
         lambda a: [a.stream("prompt")],
         lambda a: [
@@ -312,5 +353,51 @@ CASES = [
         lambda a: ["-m", a.model, "--reward", "builtin:length", "--max-new-tokens", "4", *CPU],
         makes="nothing",
         paths=("-m", "--reward"),
+    ),
+    Case(
+        "guard probe",
+        lambda a: [probes(a)],
+        lambda a: ["-m", a.model, "--max-new-tokens", "4", *CPU],
+        makes="stream",
+        output="out.jsonl",
+        paths=("-m",),
+        stdin=True,
+        label="own probes",
+    ),
+    Case(
+        "guard train",
+        lambda a: [a.stream("unpaired")],
+        lambda a: ["-m", a.model, *QUICK_GUARD, *CPU],
+        reads="unpaired",
+        paths=("-m", "--calibration"),
+        stdin=True,
+    ),
+    Case(
+        "guard check",
+        lambda a: [a.stream("prompt-completion")],
+        lambda a: ["-g", guard(a), *CPU],
+        reads="prompt-completion",
+        makes="stream",
+        output="out.jsonl",
+        paths=("-g", "-m"),
+        stdin=True,
+    ),
+    Case(
+        "guard run",
+        lambda a: [a.stream("prompt")],
+        lambda a: ["-g", guard(a), "--max-new-tokens", "4", *CPU],
+        reads="prompt",
+        makes="stream",
+        output="out.jsonl",
+        paths=("-g", "-m"),
+        stdin=True,
+    ),
+    Case(
+        "guard eval",
+        lambda a: [a.stream("unpaired")],
+        lambda a: ["-g", guard(a), "--seen", *CPU],
+        reads="unpaired",
+        paths=("-g", "-m"),
+        stdin=True,
     ),
 ]

@@ -86,6 +86,8 @@ def _table(path: str, delimiter: str, reader: Reader) -> Iterator[Located]:
             line, started = started, table.line_num + 1
             if not cells:
                 continue
+            if header is None and cells[0].startswith("# "):
+                continue  # a comment before the header
             if header is None:
                 header = _checked_header(path, cells)
                 continue

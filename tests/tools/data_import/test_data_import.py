@@ -41,6 +41,12 @@ def test_csv_quoting(data_import: Import, workdir: Path) -> None:
     ]
 
 
+def test_csv_with_comments_before_the_header(data_import: Import, workdir: Path) -> None:
+    text = "# version=1.0, by=hand,,\n# and more\nprompt,completion\n# a heading,y\n"
+    (workdir / "d.csv").write_text(text)
+    assert records(data_import("d.csv")) == [{"prompt": "# a heading", "completion": "y"}]
+
+
 def test_tsv_leaves_quotes_alone(data_import: Import, workdir: Path) -> None:
     (workdir / "d.tsv").write_text('prompt\tcompletion\nsay "hi"\t"hi\n')
     assert records(data_import("d.tsv")) == [{"prompt": 'say "hi"', "completion": '"hi'}]
