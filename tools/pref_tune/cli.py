@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
-from tuneutils.tools.pref_tune.params import TrainParams
+from tuneutils.tools.pref_tune.params import ConstitutionParams, TrainParams
 
 main = tool_group(
     "pref-tune",
@@ -36,6 +36,27 @@ def train(run: Run[TrainParams]) -> Summary:
     from tuneutils.tools.pref_tune.train import train
 
     return train(run)
+
+
+@tool(
+    "constitution",
+    ConstitutionParams,
+    group="train",
+    inputs="PROMPTS",
+    output="preferences",
+    streams=True,
+    parent=main,
+)
+def constitution(run: Run[ConstitutionParams]) -> Summary:
+    """Make preferences of PROMPTS by a constitution: prompt, or any record that has one or messages.
+
+    The model drafts an answer, names what in it goes against a principle drawn for it, and writes it anew:
+    the revision is chosen, the draft rejected. Pairs that teach nothing (revision empty, cut off, equal to
+    the draft, repeating itself, the critique or the request) are dropped and counted by reason.
+    """
+    from tuneutils.tools.pref_tune.draft import draft
+
+    return draft(run)
 
 
 if __name__ == "__main__":

@@ -129,5 +129,8 @@ class ConstitutionParams:
     temperature: float = option(0.7, help="Of sampling; 0 is greedy.", min=0)
     top_p: float = option(1.0, help="Sample from the likeliest tokens of this probability.", min=0.01, max=1)
     limit: int | None = option(None, help="Only the first prompts.", min=1)
-    batch_size: int = option(16, help="Prompts generated at once.", min=1, role="runtime")
+    dropped: str | None = option(
+        None, help="Keep dropped pairs here, with the reason in why.", role="runtime"
+    )
+    batch_size: int = option(16, help="Prompts generated at once.", min=1)
     trust_remote_code: bool = option(False, help="Run code that the model's folder brings along.")
