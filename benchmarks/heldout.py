@@ -32,17 +32,46 @@ class Heldout:
 
     Attributes:
         ids: ``(windows, length)``.
+        base: the original's logits, bfloat16.
         scores: name -> sums over each window.
         rows: name -> what is printed.
     """
 
-    def __init__(self, model: str, text: str, *, windows: int, length: int, dtype: str) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, model: str, text: str, *, windows: int, length: int, dtype: str, keep: Path | None = None
+    ) -> None:
+        """With ``keep``, a folder, what was scored there with the same arguments is not scored again."""
+        self.dtype, self._keep = dtype, keep
+        self._asked = asked = {
+            "model": model,
+            "text": text,
+            "windows": windows,
+            "length": length,
+            "dtype": dtype,
+        }
+        if keep and (keep / "heldout.json").exists():
+            kept = json.loads((keep / "heldout.json").read_text())
+            if kept["asked"] != asked:
+                raise SystemExit(f"{keep}: was begun with {kept['asked']}")
+            self.ids, self.base = torch.load(keep / "base.pt")
+            self.scores = {n: {k: np.array(v) for k, v in s.items()} for n, s in kept["scores"].items()}
+            self.rows = kept["rows"]
+            return
         loaded = load_model(model, device="cpu", dtype=dtype)
         self.ids = calibration_ids([text], loaded.tokenizer, rows=windows, length=length, seed=1)
         self.base = [logits.to(torch.bfloat16) for logits in all_logits(loaded.model, self.ids)]
         self.scores = {"original": score(self.base, self.base, self.ids)}
         self.rows = {"original": self._row("original")}
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            torch.save((self.ids, self.base), keep / "base.pt")
+        self._save()
+
+    def _save(self) -> None:
+        if self._keep:
+            scores = {n: {k: v.tolist() for k, v in s.items()} for n, s in self.scores.items()}
+            made = {"asked": self._asked, "scores": scores, "rows": self.rows}
+            (self._keep / "heldout.json").write_text(json.dumps(made))
 
     def add(self, name: str, folder: Path, **known: Any) -> dict[str, Any]:
         """Score a model; ``known`` goes into its row."""
@@ -50,6 +79,7 @@ class Heldout:
         keep_4bit_layout(model)
         self.scores[name] = score(self.base, all_logits(model, self.ids), self.ids)
         self.rows[name] = self._row(name) | known
+        self._save()
         return self.rows[name]
 
     def _row(self, name: str) -> dict[str, Any]:

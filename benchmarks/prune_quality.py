@@ -52,10 +52,15 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--way", action="append", choices=WAYS, help="only these")
+    parser.add_argument("--keep", type=Path, help="folder of scores: a run that was cut off goes on there")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    heldout = Heldout(args.model, args.heldout, windows=args.windows, length=args.window, dtype=args.dtype)
+    heldout = Heldout(
+        args.model, args.heldout, windows=args.windows, length=args.window, dtype=args.dtype, keep=args.keep
+    )
     for name in args.way or WAYS:
+        if name in heldout.rows:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             known = pruned(args, WAYS[name], Path(folder))
             row = heldout.add(name, Path(folder) / "out", **known)

@@ -36,6 +36,7 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "gptq-symmetric": ("--scheme", "gptq", *GROUP, "--symmetric"),
     "mixed-5": ("--scheme", "mixed", *GROUP, "--budget", "5"),
 }
+CALIBRATED = ("gptq", "awq", "mixed")
 #: The first of each pair should have the lower perplexity and KL.
 ORDERINGS = [
     ("nf4", "fp4"),
@@ -61,10 +62,15 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--scheme", action="append", choices=SCHEMES, help="only these")
+    parser.add_argument("--keep", type=Path, help="folder of scores: a run that was cut off goes on there")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    heldout = Heldout(args.model, args.heldout, windows=args.windows, length=args.window, dtype=args.dtype)
+    heldout = Heldout(
+        args.model, args.heldout, windows=args.windows, length=args.window, dtype=args.dtype, keep=args.keep
+    )
     for name in args.scheme or SCHEMES:
+        if name in heldout.rows:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             known = quantized(args, SCHEMES[name], Path(folder))
             row = heldout.add(name, Path(folder) / "out", **known)
@@ -78,12 +84,12 @@ def main() -> int:
 
 def quantized(args: argparse.Namespace, options: tuple[str, ...], folder: Path) -> dict[str, Any]:
     """Run the tool into ``folder / "out"``; what its manifest and its run log say."""
-    command = [
-        sys.executable, "-m", "tuneutils.tools.quantize.cli", args.model, "-q", "-o", str(folder / "out"),
-        "--calibration", args.calibration, "--calibration-rows", str(args.rows),
-        "--calibration-length", str(args.length),
-    ]  # fmt: skip
-    subprocess.run([*command, *options], check=True)
+    command = [sys.executable, "-m", "tuneutils.tools.quantize.cli", args.model, "-q", *options]
+    command += ["-o", str(folder / "out"), "--dtype", args.dtype]
+    if options[1] in CALIBRATED:
+        command += ["--calibration", args.calibration, "--calibration-rows", str(args.rows)]
+        command += ["--calibration-length", str(args.length)]
+    subprocess.run(command, check=True)
     metrics = json.loads((folder / "out" / "artifact.json").read_text())["metrics"]
     log = last_line(folder / ".work" / "out" / "run.jsonl")
     return {"bits_per_weight": metrics["bits_per_weight"]} | log

@@ -37,7 +37,8 @@ def tuneutils(wanted: dict[str, Any]) -> Work:
 
         args = [wanted["records"], "-m", wanted["model"], "--method", wanted["method"], "--no-speed"]
     args += ["--calibration-rows", str(wanted["rows"]), "--calibration-length", str(wanted["length"])]
-    return lambda: main([*args, "-o", wanted["out"], "-q"], standalone_mode=False)
+    args += ["--dtype", wanted["dtype"], "-o", wanted["out"], "-q"]
+    return lambda: main(args, standalone_mode=False)
 
 
 def llmcompressor(wanted: dict[str, Any]) -> Work:
@@ -84,12 +85,13 @@ def llmcompressor(wanted: dict[str, Any]) -> Work:
 
 
 def gptqmodel(wanted: dict[str, Any]) -> Work:
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=4, group_size=wanted["group_size"], sym=wanted["symmetric"])
 
     def work() -> None:
-        model = GPTQModel.load(wanted["model"], config)
+        model = GPTQModel.load(wanted["model"], config, dtype=getattr(torch, wanted["dtype"]))
         ids = json.loads(Path(wanted["ids"]).read_text())
         model.quantize(
             [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids], batch_size=wanted["batch"]
@@ -97,6 +99,17 @@ def gptqmodel(wanted: dict[str, Any]) -> Work:
         model.save(wanted["out"])
 
     return work
+
+
+def plain(folder: str) -> None:
+    """GPTQModel's own dequantization beside its result, into ``FOLDER-plain``."""
+    import shutil
+
+    import torch
+    from gptqmodel.utils.model_dequant import dequantize_model
+
+    shutil.rmtree(f"{folder}-plain", ignore_errors=True)
+    dequantize_model(folder, f"{folder}-plain", target_dtype=torch.float32)
 
 
 def main() -> int:
@@ -111,6 +124,8 @@ def main() -> int:
         "cpu_seconds": round(time.process_time() - cpu, 2),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    if wanted["engine"] == "gptqmodel":
+        plain(wanted["out"])
     print(json.dumps(found))
     return 0
 
