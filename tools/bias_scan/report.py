@@ -6,7 +6,8 @@ A report is a JSON object::
      "rows": [Score.as_json(), …], "tables": [{"title", "columns", "rows"}, …],
      "quotes": [{"title", "rows": [{"place", "text", "note"}, …]}, …]}
 
-Rows are keyed by ``axis``, ``group`` and ``metric``. ``facts``, ``tables`` and ``quotes`` may be missing.
+Rows are keyed by ``axis``, ``group`` and ``metric``. ``facts``, ``tables`` and ``quotes`` may be missing, and
+so may ``plots``, the metrics to draw: without it all are drawn.
 """
 
 from __future__ import annotations

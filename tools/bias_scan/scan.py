@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
@@ -48,6 +49,11 @@ class Refused:
     raw: bytes | Record
 
 
+@lru_cache(maxsize=2)
+def _matcher(lexicons: tuple[Lexicon, ...]) -> Matcher:
+    return Matcher(lexicons)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every worker needs."""
@@ -59,9 +65,12 @@ class Settings:
     sample_rows: int
     seed: int
 
+    @property
+    def matcher(self) -> Matcher:
+        return _matcher(self.lexicons)
+
     def tally(self) -> Tally:
-        matcher = Matcher(self.lexicons)
-        return Tally(matcher, self.window, self.stop_words, self.sample_rows, self.seed)
+        return Tally(self.matcher, self.window, self.stop_words, self.sample_rows, self.seed)
 
 
 def deal(

@@ -46,7 +46,7 @@ def scan_data(run: Run[DataParams]) -> Summary:
         require("vaderSentiment", "scan")
     before = read_report(params.compare) if params.compare else None
     settings = settings_of(run)
-    targets = parse_targets(params.target, settings.tally().matcher)
+    targets = parse_targets(params.target, settings.matcher)
     inputs = [describe_input("records", path) for path in run.inputs]
     inputs += [describe_input("lexicon", path) for path in params.lexicon]
     inputs += [describe_input("before", params.compare)] if params.compare else []
@@ -152,6 +152,7 @@ def report_of(tally: Tally, params: DataParams, targets: dict[int, Any], seed: i
         "data",
         TITLE,
         scores,
+        plots=["share", "genbit", "sentiment"],
         facts=_facts(tally, found),
         tables=[frequent_terms(tally), *leaning_words(found, params.words)],
         quotes=worst_rows(found, tally, params.quotes),
