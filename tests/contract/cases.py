@@ -279,6 +279,7 @@ CASES = [
         stdin=True,
     ),
     Case("model-card", lambda a: [a.artifact]),
+    Case("chat", lambda a: [a.model], lambda _: [*CPU], makes="nothing"),
     Case("pref-collect report", lambda a: [votes(a)]),
     Case(
         "rm-train train",

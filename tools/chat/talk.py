@@ -6,12 +6,14 @@ import sys
 
 from tuneutils.shared.command import Run, Summary
 from tuneutils.shared.errors import ToolError
+from tuneutils.shared.models import resolve
 from tuneutils.tools.chat.history import History
 from tuneutils.tools.chat.params import Params
 
 
 def talk(run: Run[Params]) -> Summary | None:
     """Run it."""
+    resolve(run.inputs[0])  # a wrong name is told before a message is waited for
     if run.params.serve:
         from tuneutils.tools.chat.serve import check_address, serve
 
