@@ -30,9 +30,7 @@ class BuildParams:
     language: tuple[str, ...] = option(
         (), help="Keep only texts in this language (ISO 639-1). Repeatable.", metavar="CODE"
     )
-    language_score: float = option(
-        0.5, help="Least probability of the language, judged from 400 characters.", min=0, max=1
-    )
+    language_score: float = option(0.5, help="Least probability of the language.", min=0, max=1)
     identify: bool = option(True, help="Note every text's language, also where all are kept.")
     mask: tuple[str, ...] = option(
         KINDS, help="Personal data to mask; 'none' for nothing. Repeatable.", choices=(*KINDS, "none")

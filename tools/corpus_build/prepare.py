@@ -281,12 +281,16 @@ def record_text(record: Record, name: str) -> str:
     Raises:
         ValueError: it has none of them, or not as text.
     """
-    if name in record and name != "text":
-        check({"text": record[name]}, ("text",))
-        return str(record[name])
+    if name in record or name != "text":
+        text = record.get(name)
+        if not isinstance(text, str):
+            raise ValueError(f"field {name!r}: must be a string; --text-field names another")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as exc:
+            raise ValueError(f"field {name!r}: lone surrogate at character {exc.start + 1}") from exc
+        return text
     format_ = check(record, TEXTUAL)
-    if format_ == "text":
-        return str(record["text"])
     if format_ == "messages":
         return "\n\n".join(message["content"] for message in record["messages"])
     return "\n".join(strings([record["prompt"], record["completion"]]))

@@ -9,17 +9,28 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 
 from tuneutils.tools.corpus_build.names import FAMILIES, RULES
-from tuneutils.tools.corpus_build.tokens import Index, Tokens, mix, tokenize, window_hashes
+from tuneutils.tools.corpus_build.tokens import (
+    U64,
+    Index,
+    Tokens,
+    Windows,
+    mix,
+    starts_within,
+    text_of_each,
+    tokenize,
+)
 
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 TERMINAL = (".", "!", "?", '"', "”", "’", "…")  # the last two close a quotation and an omission
-BULLETS = ("•", "*", "-", "‣", "◦")
+BULLETS = frozenset("•*-‣◦")
 POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
+SLOT_BITS = 19
 DUPLICATE_NGRAM = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 _CITATION = re.compile(r"\[(?:\d{1,3}|citation needed|edit)\]")
@@ -41,62 +52,80 @@ LINE_RULES: dict[str, Callable[[str], bool]] = {
 
 
 class View:
-    """A document as the rules see it."""
+    """A document as the rules see it.
 
-    def __init__(self, text: str) -> None:
+    Attributes:
+        words, letters, alphabetic: number of words, of their characters, of words with a letter.
+        stop_words: how many different ones of ``STOP_WORDS`` it has.
+        repeats: whether a line occurs twice; without one no paragraph does.
+    """
+
+    def __init__(self, text: str, words: int, letters: int, alphabetic: int, stop_words: int) -> None:
         self.text = text
-        self.words = text.split()
+        self.words, self.letters, self.alphabetic = words, letters, alphabetic
+        self.stop_words = stop_words
         self.lines = [line for raw in text.split("\n") if (line := raw.strip())]
+        self.repeats = len(set(self.lines)) < len(self.lines)
 
-    @property
-    def letters(self) -> int:
-        return sum(map(len, self.words))
+
+def views(texts: Sequence[str], tokens: Tokens) -> list[View]:
+    """The documents with what is counted over whole batches."""
+    columns = [np.ones(len(tokens.end), bool), tokens.end - tokens.start, tokens.alphabetic]
+    sums = [np.concatenate([[0], np.cumsum(c, dtype=np.int64)])[tokens.bounds] for c in columns]
+    stops = np.zeros(len(texts), np.int64)
+    for word in tokenize([" ".join(STOP_WORDS)]).hashes:
+        found = np.flatnonzero(tokens.hashes == word)
+        stops[np.unique(np.searchsorted(tokens.bounds, found, side="right") - 1)] += 1
+    counted = zip(*(np.diff(s).tolist() for s in sums), stops.tolist(), strict=True)
+    return [View(text, *counts) for text, counts in zip(texts, counted, strict=True)]
 
 
 def _word_count(d: View) -> bool:
-    return 50 <= len(d.words) <= 100_000
+    return 50 <= d.words <= 100_000
 
 
 def _word_length(d: View) -> bool:
-    return 3 <= d.letters / max(len(d.words), 1) <= 10
+    return 3 <= d.letters / max(d.words, 1) <= 10
 
 
 def _symbols(d: View) -> bool:
     hashes, ellipses = d.text.count("#"), d.text.count("...") + d.text.count("…")
-    return max(hashes, ellipses) <= 0.1 * len(d.words)
+    return max(hashes, ellipses) <= 0.1 * d.words
 
 
 def _bullets(d: View) -> bool:
-    return sum(line.startswith(BULLETS) for line in d.lines) <= 0.9 * len(d.lines)
+    return sum(line[0] in BULLETS for line in d.lines) <= 0.9 * len(d.lines)
 
 
 def _ellipsis(d: View) -> bool:
+    if "..." not in d.text and "…" not in d.text:
+        return True
     return sum(line.endswith(("...", "…")) for line in d.lines) <= 0.3 * len(d.lines)
 
 
 def _alphabetic(d: View) -> bool:
-    return sum(1 for w in d.words if w.isalpha() or any(map(str.isalpha, w))) >= 0.8 * len(d.words)
+    return d.alphabetic >= 0.8 * d.words
 
 
 def _stop_words(d: View) -> bool:
-    return len(STOP_WORDS.intersection(re.findall(r"[a-z]+", d.text.lower()))) >= 2
+    return d.stop_words >= 2
 
 
 def _duplicate(parts: Sequence[str], of_parts: float, of_letters: float) -> bool:
     """At most these shares of the parts, and of their characters, repeat an earlier part."""
     counts = Counter(parts)
-    if len(counts) == len(parts):
-        return True
-    letters = sum(map(len, parts))
     repeated = sum(len(part) * (count - 1) for part, count in counts.items())
-    return len(parts) - len(counts) <= of_parts * len(parts) and repeated <= of_letters * letters
+    few = len(parts) - len(counts) <= of_parts * len(parts)
+    return few and repeated <= of_letters * sum(map(len, parts))
 
 
 def _duplicate_lines(d: View) -> bool:
-    return _duplicate(d.lines, 0.30, 0.20)
+    return not d.repeats or _duplicate(d.lines, 0.30, 0.20)
 
 
 def _duplicate_paragraphs(d: View) -> bool:
+    if not d.repeats:
+        return True
     return _duplicate([p for raw in d.text.split("\n\n") if (p := raw.strip())], 0.30, 0.20)
 
 
@@ -112,7 +141,7 @@ DOCUMENT_RULES: dict[str, Callable[[View], bool]] = {
     "gopher-duplicate-paragraphs": _duplicate_paragraphs,
     "c4-lorem-ipsum": lambda d: "lorem ipsum" not in d.text.lower(),
     "c4-curly-bracket": lambda d: "{" not in d.text,
-    "c4-sentences": lambda d: len(_SENTENCE_END.findall(d.text)) >= 3,
+    "c4-sentences": lambda d: len(list(islice(_SENTENCE_END.finditer(d.text), 3))) == 3,
 }
 """Whether a document passes."""
 
@@ -152,96 +181,101 @@ def clean_lines(text: str, rules: Sequence[str]) -> tuple[str, Counter[str]]:
 def broken_rules(texts: Sequence[str], rules: Sequence[str]) -> list[str | None]:
     """For each text the first rule that it breaks, in the order of ``RULES``, or None."""
     checks = [(name, DOCUMENT_RULES[name]) for name in rules if name in DOCUMENT_RULES]
-    found: list[str | None] = []
-    for text in texts:
-        view = View(text)
-        found.append(next((name for name, passes in checks if not passes(view)), None))
-    left = [i for i, broken in enumerate(found) if broken is None]
-    if left and any(name in rules for name in NGRAM_RULES):
-        for i, broken in zip(left, _ngram_rules([texts[i] for i in left], rules), strict=True):
-            found[i] = broken
-    return found
-
-
-def _ngram_rules(texts: Sequence[str], rules: Sequence[str]) -> list[str | None]:
     tokens = tokenize(texts, spaces_only=True)
-    top = top_ngram_shares(tokens) if "gopher-top-ngrams" in rules else {}
-    repeated = duplicate_ngram_shares(tokens) if "gopher-duplicate-ngrams" in rules else {}
-    found: list[str | None] = []
-    for i in range(len(texts)):
-        if any(top[n][i] > limit for n, limit in TOP_NGRAM.items() if top):
-            found.append("gopher-top-ngrams")
-        elif any(repeated[n][i] > limit for n, limit in DUPLICATE_NGRAM.items() if repeated):
-            found.append("gopher-duplicate-ngrams")
-        else:
-            found.append(None)
+    seen = views(texts, tokens)
+    found: list[str | None] = [next((n for n, passes in checks if not passes(d)), None) for d in seen]
+    ngrams = Ngrams(tokens) if {"gopher-top-ngrams", "gopher-duplicate-ngrams"}.intersection(rules) else None
+    for name, shares, limits in (
+        ("gopher-top-ngrams", top_ngram_shares, TOP_NGRAM),
+        ("gopher-duplicate-ngrams", duplicate_ngram_shares, DUPLICATE_NGRAM),
+    ):
+        if ngrams is not None and name in rules:
+            above = np.any([share > limits[n] for n, share in shares(ngrams).items()], axis=0)
+            found = [broken or (name if bad else None) for broken, bad in zip(found, above, strict=True)]
     return found
 
 
-def _grams(tokens: Tokens, size: int) -> tuple[np.ndarray, Index, Index]:
-    """Hashes of n-grams that differ between texts, their first tokens, and their texts."""
-    grams = window_hashes(tokens.hashes, size)
-    text = np.repeat(np.arange(len(tokens.bounds) - 1), np.diff(tokens.bounds))
-    first = np.flatnonzero(text[: len(grams)] == text[size - 1 :]) if len(grams) else np.zeros(0, np.int64)
-    return grams[first] ^ mix(text[first].astype(np.uint64)), first, text[first]
+class Ngrams:
+    """N-grams of a batch, hashed so that those of different texts differ.
+
+    Attributes:
+        possible: ``(n,)`` of the bigram that each token starts, how many share its slot of a small table: at
+            least as many as are equal to it. 0 where none starts.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.bounds = tokens.bounds
+        self.text = text_of_each(tokens.bounds)
+        self.ends = tokens.bounds[1:][self.text]
+        self.before = np.concatenate([[0], np.cumsum(tokens.end - tokens.start)])
+        self.letters = np.maximum(np.diff(self.before[tokens.bounds]), 1)
+        self._salt = mix(np.arange(len(tokens.bounds), dtype=np.uint64))
+        self._windows = Windows(tokens.hashes)
+        first = starts_within(tokens.bounds, 2)
+        self.possible = np.zeros(len(tokens.hashes), np.int64)
+        self.possible[first] = _slot_counts(self.at(first, 2))
+
+    def at(self, first: Index, size: int) -> U64:
+        return self._windows.at(first, size) ^ self._salt[self.text[first]]
+
+    def length(self, first: Index, size: int) -> Index:
+        """Characters of the words of each."""
+        return np.asarray(self.before[first + size] - self.before[first])
 
 
-def _letters(tokens: Tokens) -> tuple[Index, np.ndarray]:
-    """Characters of the words before each, ``(n + 1,)``, and of each text."""
-    before = np.concatenate([[0], np.cumsum(tokens.end - tokens.start)])
-    return before, np.maximum(np.diff(before[tokens.bounds]), 1)
+def _slot_counts(grams: U64) -> Index:
+    slots = (grams >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
+    return np.bincount(slots, minlength=1 << SLOT_BITS)[slots]
 
 
-def top_ngram_shares(tokens: Tokens) -> dict[int, np.ndarray]:
+def top_ngram_shares(ngrams: Ngrams) -> dict[int, np.ndarray]:
     """By n in 2 to 4, ``(texts,)``: characters in all occurrences of the most common n-gram, as a share.
 
-    Of n-grams equally common the longest counts; one that occurs once is not common: 0.
+    Of n-grams equally common the longest counts. Shares that cannot reach their limit are left at 0: an
+    n-gram is no more common than the rarest of its bigrams.
     """
-    before, total = _letters(tokens)
-    shares = {}
-    for size in TOP_NGRAM:
-        grams, first, text = _grams(tokens, size)
-        order = np.argsort(grams, kind="stable")
-        edges = np.flatnonzero(np.concatenate([[True], grams[order][1:] != grams[order][:-1]]))
-        counts = np.diff(np.append(edges, len(grams)))
-        at = first[order[edges]] if len(grams) else first
-        repeated = counts > 1
-        owner, counts, at = text[order[edges]][repeated], counts[repeated], at[repeated]
-        length = before[at + size] - before[at]
-        share = np.zeros(len(total))
-        if len(owner):
-            by_count = np.lexsort((length, counts, owner))
-            last = np.flatnonzero(np.append(owner[by_count][1:] != owner[by_count][:-1], True))
-            best = by_count[last]
-            share[owner[best]] = counts[best] * length[best] / total[owner[best]]
-        shares[size] = share
+    shares = {size: np.zeros(len(ngrams.letters)) for size in TOP_NGRAM}
+    for size, limit in TOP_NGRAM.items():
+        count = len(ngrams.possible) - size + 2
+        rarest = np.minimum.reduce([ngrams.possible[i : i + max(count, 0)] for i in range(size - 1)])
+        first = np.flatnonzero(rarest > 1)
+        reach = rarest[first] * ngrams.length(first, size)
+        text = ngrams.text[first]
+        for document in np.unique(text[reach > limit * ngrams.letters[text]]):
+            start, end = ngrams.bounds[document : document + 2]
+            mine = np.arange(start, end - size + 1)
+            _, at, times = np.unique(ngrams.at(mine, size), return_index=True, return_counts=True)
+            lengths = ngrams.length(mine[at], size)
+            best = np.lexsort((lengths, times))[-1:]
+            shares[size][document] = (times * lengths * (times > 1))[best].sum() / ngrams.letters[document]
     return shares
 
 
-def duplicate_ngram_shares(tokens: Tokens) -> dict[int, np.ndarray]:
+def duplicate_ngram_shares(ngrams: Ngrams) -> dict[int, np.ndarray]:
     """By n in 5 to 10, ``(texts,)``: share of characters in n-grams that occurred before in the text.
 
-    A repeated n-gram starts with a repeated one that is a word shorter, so each size looks only there.
+    A repeated n-gram starts with a repeated one that is a word shorter, so each size looks only there; for
+    the first size, where four repeated bigrams follow each other.
     """
-    _, total = _letters(tokens)
-    candidates: np.ndarray | None = None
+    again = ngrams.possible > 1
+    first = np.flatnonzero(again[:-3] & again[1:-2] & again[2:-1] & again[3:])
     shares = {}
     for size in DUPLICATE_NGRAM:
-        grams, first, _ = _grams(tokens, size)
-        if candidates is not None:
-            keep = candidates[first]
-            grams, first = grams[keep], first[keep]
+        first = first[first + size <= ngrams.ends[first]]
+        grams = ngrams.at(first, size)
         order = np.argsort(grams, kind="stable")
-        ordered = grams[order]
-        same = ordered[1:] == ordered[:-1]
-        again = order[1:][same]
-        candidates = np.zeros(len(tokens.hashes) + 1, bool)
-        candidates[first[again]] = candidates[first[order[:-1][same]]] = True
-        starts = np.zeros(len(tokens.hashes) + 1, np.int32)
-        starts[first[again]] += 1
-        ends = np.zeros(len(tokens.hashes) + 1, np.int32)
-        ends[first[again] + size] += 1
-        covered = np.cumsum(starts - ends)[:-1] > 0
-        letters = np.concatenate([[0], np.cumsum(np.where(covered, tokens.end - tokens.start, 0))])
-        shares[size] = np.diff(letters[tokens.bounds]) / total
+        same = grams[order][1:] == grams[order][:-1]
+        later = first[order[1:][same]]
+        first = np.unique(np.concatenate([later, first[order[:-1][same]]]))
+        shares[size] = _covered(ngrams, later, size) / ngrams.letters
     return shares
+
+
+def _covered(ngrams: Ngrams, first: Index, size: int) -> np.ndarray:
+    """``(texts,)``: characters of the words within ``size`` words from any of ``first``."""
+    count = len(ngrams.before)
+    if not len(first):
+        return np.zeros(len(ngrams.letters))
+    inside = np.cumsum(np.bincount(first, minlength=count) - np.bincount(first + size, minlength=count)) > 0
+    letters = np.concatenate([[0], np.cumsum(np.where(inside[:-1], np.diff(ngrams.before), 0))])
+    return np.asarray(np.diff(letters[ngrams.bounds]))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 Index = NDArray[np.int64]
 
-SPACE, WORD, PUNCTUATION = 0, 1, 2
+SPACE, WORD, PUNCTUATION, LETTER = 0, 1, 2, 3
 _BASE = 0x9E3779B97F4A7C15 | 1
 _GRAM_BASE = 0xD1342543DE82EF95
 _MASK = (1 << 64) - 1
@@ -37,10 +37,10 @@ def mix(values: U64) -> U64:
 
 @cache
 def _character_classes() -> NDArray[np.uint8]:
-    """Class of every code point as Python's ``\\w`` and ``\\s`` have it."""
+    """Class of every code point as Python's ``\\w`` and ``\\s`` have it, letters apart."""
     everything = "".join(map(chr, range(0x110000)))
     classes = np.full(0x110000, PUNCTUATION, np.uint8)
-    for pattern, kind in ((r"\s+", SPACE), (r"\w+", WORD)):
+    for pattern, kind in ((r"\s+", SPACE), (r"\w+", WORD), (r"[^\W\d_]+", LETTER)):
         for match in re.finditer(pattern, everything):
             classes[match.start() : match.end()] = kind
     return classes
@@ -84,6 +84,7 @@ class Tokens:
         hashes: ``(n,)``, one for each token.
         start, end: ``(n,)`` where each token lies in its own text, in characters.
         kind: ``(n,)`` ``WORD`` or ``PUNCTUATION``.
+        alphabetic: ``(n,)`` whether each has a letter.
         bounds: ``(texts + 1,)``: the tokens of text i are ``bounds[i]:bounds[i + 1]``.
     """
 
@@ -91,15 +92,15 @@ class Tokens:
     start: Index
     end: Index
     kind: NDArray[np.uint8]
+    alphabetic: NDArray[np.bool_]
     bounds: Index
 
     def words(self) -> Tokens:
         """Only the words."""
         keep = self.kind == WORD
         before = np.concatenate([[0], np.cumsum(keep)])
-        return Tokens(
-            self.hashes[keep], self.start[keep], self.end[keep], self.kind[keep], before[self.bounds]
-        )
+        columns = (self.hashes, self.start, self.end, self.kind, self.alphabetic)
+        return Tokens(*(column[keep] for column in columns), before[self.bounds])
 
 
 def tokenize(texts: Sequence[str], *, spaces_only: bool = False) -> Tokens:
@@ -114,13 +115,14 @@ def tokenize(texts: Sequence[str], *, spaces_only: bool = False) -> Tokens:
     else:
         characters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
     classes = _character_classes()[characters]
-    if spaces_only:
-        classes = np.minimum(classes, WORD)
+    letters = classes == LETTER
+    classes = np.minimum(classes, WORD) if spaces_only else np.where(letters, np.uint8(WORD), classes)
     bounds = np.flatnonzero(classes[1:] != classes[:-1]) + 1
     bounds = np.concatenate([[0], bounds]) if len(characters) else np.zeros(0, np.int64)
     ends = np.append(bounds[1:], len(characters))
     up, down = _CHARACTER_POWERS.upto(len(characters))
     sums = np.add.reduceat(_character_codes()[characters] * up, bounds) if len(bounds) else up
+    alphabetic = np.logical_or.reduceat(letters, bounds) if len(bounds) else letters
     kind = classes[bounds]
     keep = kind != SPACE
     start, end = bounds[keep], ends[keep]
@@ -128,7 +130,7 @@ def tokenize(texts: Sequence[str], *, spaces_only: bool = False) -> Tokens:
     offsets = np.concatenate([[0], np.cumsum([len(t) + 1 for t in lowered], dtype=np.int64)])
     token_bounds = np.searchsorted(start, offsets)
     shift = np.repeat(offsets[:-1], np.diff(token_bounds))
-    return Tokens(hashes, start - shift, end - shift, kind[keep], token_bounds)
+    return Tokens(hashes, start - shift, end - shift, kind[keep], alphabetic[keep], token_bounds)
 
 
 def _lower(text: str) -> str:
@@ -138,22 +140,43 @@ def _lower(text: str) -> str:
     return "".join(low if len(low := c.lower()) == 1 else c for c in text)
 
 
+class Windows:
+    """The n-grams of a sequence of tokens, for any n: hashes by differences of one running sum."""
+
+    def __init__(self, hashes: U64) -> None:
+        up, self._down = _GRAM_POWERS.upto(len(hashes))
+        self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes * up, dtype=np.uint64)])
+
+    def at(self, first: Index, size: int) -> U64:
+        """Hashes, their order included, of the ``size`` tokens from each of ``first``; not yet mixed."""
+        return (self._sums[first + size] - self._sums[first]) * self._down[first]
+
+    def every(self, size: int) -> U64:
+        """``(n - size + 1,)``: the same from each token on."""
+        count = max(len(self._down) - size + 1, 0)
+        return (self._sums[size:] - self._sums[:-size])[:count] * self._down[:count]
+
+
 def window_hashes(hashes: U64, size: int) -> U64:
     """``(n - size + 1,)``: a hash of each ``size`` consecutive tokens, order included."""
-    count = len(hashes)
-    if count < size:
-        return np.zeros(0, np.uint64)
-    up, down = _GRAM_POWERS.upto(count)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hashes * up, dtype=np.uint64)])
-    return mix((sums[size:] - sums[:-size]) * down[: count - size + 1])
+    return mix(Windows(hashes).every(size)) if len(hashes) >= size else np.zeros(0, np.uint64)
+
+
+def text_of_each(bounds: Index) -> Index:
+    """The number of the text that each token is in."""
+    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+
+
+def starts_within(bounds: Index, size: int) -> Index:
+    """The tokens from which ``size`` tokens lie within one text."""
+    text = text_of_each(bounds)
+    return np.flatnonzero(text[: max(len(text) - size + 1, 0)] == text[size - 1 :])
 
 
 def windows(tokens: Tokens, size: int) -> tuple[U64, Index]:
     """Hashes of the n-grams that lie within one text, and the index of each one's first token."""
-    found = window_hashes(tokens.hashes, size)
-    text = np.repeat(np.arange(len(tokens.bounds) - 1), np.diff(tokens.bounds))
-    inside = np.flatnonzero(text[: len(found)] == text[size - 1 :]) if len(found) else np.zeros(0, np.int64)
-    return found[inside], inside
+    inside = starts_within(tokens.bounds, size)
+    return window_hashes(tokens.hashes, size)[inside], inside
 
 
 def shingles(tokens: Tokens, size: int) -> tuple[U64, Index]:
