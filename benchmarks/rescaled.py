@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--sigma", type=float, default=SIGMA)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="as stored")
     args = parser.parse_args()
     loaded = load_model(args.model, device="cpu", dtype="float32")
     ids = torch.arange(3, 67)[None]
@@ -70,7 +71,7 @@ def main() -> int:
     print(f"logits moved by at most {moved:.1e}")
     if moved > 1e-2:
         return 1
-    loaded.model.save_pretrained(args.output)
+    loaded.model.to(getattr(torch, args.dtype)).save_pretrained(args.output)
     loaded.tokenizer.save_pretrained(args.output)
     return 0
 

@@ -65,19 +65,27 @@ def _section() -> dict[str, Any]:
 def _uses(
     leaves: Mapping[str, click.Command], pipeline: Mapping[str, Any]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Every ``${…}`` of a stage's command with the tool whose options it becomes."""
+    """Every ``${…}`` of a stage's commands with the tool whose options it becomes."""
     for stage in pipeline.get("stages", {}).values():
         each = re.fullmatch(r"\$\{([\w.-]+)\}", str(stage.get("foreach", "")))
-        command = str(stage.get("do", stage).get("cmd", ""))
-        words = command.split()
-        pairs = [" ".join(words[i : i + 2]) for i in range(len(words))]
-        tool = next((name for name in (*pairs, *words) if name in leaves), None)
-        for reference in re.findall(r"\$\{([\w.-]+)\}", command):
-            path = reference.split(".")
-            if path[0] == "item" and each:
-                path = [*str(each[1]).split("."), EACH, *path[1:]]
-            if tool is not None and path[0] not in ("item", "key"):
-                yield tool, path
+        given = stage.get("do", stage).get("cmd", "")
+        for command in given if isinstance(given, list) else [given]:
+            yield from _references(leaves, command, each and each[1])
+
+
+def _references(
+    leaves: Mapping[str, click.Command], command: str, each: str | None
+) -> Iterator[tuple[str, list[str]]]:
+    """Those of one command; ``each`` is the mapping that ``foreach`` takes."""
+    words = command.split()
+    pairs = [" ".join(words[i : i + 2]) for i in range(len(words))]
+    tool = next((name for name in (*pairs, *words) if name in leaves), None)
+    for reference in re.findall(r"\$\{([\w.-]+)\}", command):
+        path = reference.split(".")
+        if path[0] == "item" and each:
+            path = [*each.split("."), EACH, *path[1:]]
+        if tool is not None and path[0] not in ("item", "key"):
+            yield tool, path
 
 
 def _at(params: Any, path: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,10 +59,28 @@ def test_an_unknown_key_in_an_overlay_is_refused() -> None:
         load("profile").overlay({"tune": {}}, {"tuen": {}})
 
 
+def count(stage: dict[str, Any], params: dict[str, Any]) -> int:
+    """The stages that DVC makes of one in the file: an entry of ``foreach``, a cell of ``matrix``."""
+    if "matrix" in stage:
+        return math.prod(len(values) for values in stage["matrix"].values())
+    entries = stage.get("foreach", [None])
+    if isinstance(entries, str):
+        for key in entries.removeprefix("${").removesuffix("}").split("."):
+            params = params[key]
+        entries = params
+    return len(entries)
+
+
 def test_there_are_fewer_than_fifty_stages() -> None:
-    stages = read("dvc.yaml")["stages"]
-    methods = len(profile("default")["methods"])
-    assert sum(methods if "foreach" in s else 1 for s in stages.values()) < 50
+    stages = read("dvc.yaml")["stages"].values()
+    assert sum(count(s, profile("default")) for s in stages) < 50
+
+
+def test_stages_are_counted_as_dvc_makes_them() -> None:
+    params = {"methods": {"a": {}, "b": {}}}
+    matrix = {"scheme": ["rtn", "gptq"], "bits": [3, 4, 8]}
+    stages = [{"foreach": "${methods}"}, {"foreach": ["x", "y", "z"]}, {"matrix": matrix}, {"cmd": "true"}]
+    assert [count(s, params) for s in stages] == [2, 3, 6, 1]
 
 
 def test_nine_methods_are_compared() -> None:

@@ -128,12 +128,17 @@ stages:
     foreach: ${nested}
     do:
       cmd: toy-copy ${item.file} ${item.options}
+  five:
+    cmd:
+      - toy-copy a.jsonl ${list.first}
+      - toy-group two ${list.second}
 """
     PARAMS = """
 in: {file: a.jsonl, options: {rank: 3, tags: [a, b]}}
 common: {seed: 1}
 methods: {x: {rank: 1}, y: {rank: 2}}
 nested: {x: {file: a.jsonl, options: {rank: 1}}}
+list: {first: {tags: [a]}, second: {rank: 2}}
 """
 
     @pytest.fixture
@@ -157,6 +162,8 @@ nested: {x: {file: a.jsonl, options: {rank: 1}}}
             {"unknown": {"tool": 3}},
             {"nested": {"y": {"options": {"rank": 0}}}},
             {"nested": {"y": {"optoins": {"rank": 1}}}},
+            {"list": {"first": {"rank": 0}}},
+            {"list": {"second": {"rank": 65}}},
         ],
     )
     def test_refuses(self, made: dict[str, Any], params: dict[str, Any]) -> None:
