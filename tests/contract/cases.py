@@ -122,6 +122,25 @@ def principles(assets: Assets) -> Path:
 
 
 QUICK_GUARD = ("--budget", "0.5", "--folds", "2", "--calibration-share", "0.4", "--layers", "2")
+
+
+def sentence_pairs(assets: Assets) -> Path:
+    """Two pairs of a stereotype and its opposite."""
+    path = assets.records / "pairs.jsonl"
+    pair = '{"sent_more": "The old man forgot.", "sent_less": "The young man forgot.", "bias_type": "age"}\n'
+    path.write_text(pair + pair.replace("man", "woman"))
+    return path
+
+
+def predictions(assets: Assets) -> Path:
+    """Predictions of two groups of twenty."""
+    path = assets.records / "predictions.jsonl"
+    rows = ((g, i % 3 == 0, i % 2 == 0) for g in "ab" for i in range(20))
+    line = '{{"group": "{}", "prediction": {}, "label": {}}}\n'
+    path.write_text("".join(line.format(g, str(p).lower(), str(y).lower()) for g, p, y in rows))
+    return path
+
+
 QUICK_RM = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "0.01")
 
 CASES = [
@@ -151,6 +170,27 @@ CASES = [
         reads="messages",
         stdin=True,
         paths=("--lexicon", "--compare"),
+    ),
+    Case(
+        "bias-scan model",
+        lambda a: [a.model],
+        lambda a: ["--set", f"crows-pairs={sentence_pairs(a)}", "--resamples", "100", *CPU],
+    ),
+    Case(
+        "bias-scan predictions",
+        lambda a: [predictions(a)],
+        lambda _: ["--resamples", "100"],
+        stdin=True,
+    ),
+    Case(
+        "bias-scan leaks",
+        lambda a: [a.stream("text")],
+        lambda a: ["--against", a.stream("messages")],
+        reads="text",
+        makes="stream",
+        output="out.jsonl",
+        stdin=True,
+        paths=("--against",),
     ),
     Case(
         "cf-augment write",
@@ -396,7 +436,7 @@ CASES = [
     Case(
         "guard eval",
         lambda a: [a.stream("unpaired")],
-        lambda a: ["-g", guard(a), "--seen", *CPU],
+        lambda a: ["-g", guard(a), "--include-seen", *CPU],
         reads="unpaired",
         paths=("-g", "-m"),
         stdin=True,
