@@ -46,6 +46,12 @@ def reliability(
 
     Gives bins of equal width from ½ to 1, and the expected calibration error Σ n_b/n |accuracy_b -
     confidence_b| over them (Guo et al. 2017, equation 3).
+
+    Noise adds to every |gap|, so the estimate is too high, and a resample's is higher by as much again: the
+    percentile interval may lie above the truth altogether (it never holds 0). The interval is therefore the
+    basic one, the percentiles mirrored at the estimate (Davison and Hinkley 1997, section 5.2), and starts
+    at 0 where noise alone, the resampled gaps less their mean, makes as large an error in one of twenty. On
+    simulated scores of 60 to 1000 pairs, calibrated or too sure, it holds the truth in 88 to 95 % of samples.
     """
     d, p = _floats(differences), _floats(targets)
     confidence = 1 / (1 + np.exp(-np.abs(d)))
@@ -65,8 +71,22 @@ def reliability(
         for b in range(BINS)
         if sums[b, 0]
     ]
-    ece = resampled(columns.reshape(len(d), -1), _calibration_error, clusters, seed)
-    return bins, ece
+    return bins, _calibration_interval(columns.reshape(len(d), -1), clusters, seed)
+
+
+def _calibration_interval(columns: Floats, clusters: Sequence[str], seed: int) -> dict[str, Any]:
+    sums, resamples = _resamples(columns, clusters, seed)
+    whole = sums.sum(0, keepdims=True)
+    value = float(_calibration_error(whole)[0])
+    made: dict[str, Any] = {"value": value, "low": None, "high": None}
+    if len(resamples):
+        noise = np.array(resamples)
+        noise.reshape(len(noise), -1, 3)[..., 1:] -= whole.reshape(1, -1, 3)[..., 1:]
+        low, high = 2 * value - np.percentile(_calibration_error(resamples), [97.5, 2.5])
+        if value <= np.percentile(_calibration_error(noise), 95):
+            low = 0.0
+        made |= {"low": max(0.0, float(low)), "high": float(np.clip(high, value, 1.0))}
+    return {**made, "n": len(columns), "clusters": len(sums)}
 
 
 def _calibration_error(sums: Floats) -> Floats:
@@ -135,17 +155,25 @@ def resampled(
         columns: ``(n, k)``.
         statistic: ``(m, k)`` sums → ``(m,)``; NaN where it is not defined.
     """
+    sums, resamples = _resamples(columns, clusters, seed)
+    value = float(statistic(sums.sum(0, keepdims=True))[0])
+    made: dict[str, Any] = {"value": value if math.isfinite(value) else None, "low": None, "high": None}
+    if len(resamples) and math.isfinite(value):
+        low, high = np.nanpercentile(statistic(resamples), [2.5, 97.5])
+        made |= {"low": float(low), "high": float(high)}
+    return {**made, "n": len(columns), "clusters": len(sums)}
+
+
+def _resamples(columns: Floats, clusters: Sequence[str], seed: int) -> tuple[Floats, Floats]:
+    """Column sums of each cluster, and of each bootstrap resample of them; none of a single cluster."""
     order = {label: i for i, label in enumerate(dict.fromkeys(clusters))}
     sums = np.zeros((len(order), columns.shape[1]))
     np.add.at(sums, [order[c] for c in clusters], columns)
-    value = float(statistic(sums.sum(0, keepdims=True))[0])
-    made: dict[str, Any] = {"value": value if math.isfinite(value) else None, "low": None, "high": None}
-    if len(sums) > 1 and math.isfinite(value):
-        rng = np.random.default_rng(seed)
-        draws = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
-        low, high = np.nanpercentile(statistic(draws @ sums), [2.5, 97.5])
-        made |= {"low": float(low), "high": float(high)}
-    return {**made, "n": len(columns), "clusters": len(sums)}
+    count = len(sums)
+    if count < 2:
+        return sums, np.zeros((0, columns.shape[1]))
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return sums, draws @ sums
 
 
 def best_of_n(scores: Sequence[float], values: Sequence[float], n: int) -> float:

@@ -65,6 +65,28 @@ def test_ece_of_a_calibrated_model_goes_to_zero() -> None:
     assert measures.reliability(d, won.astype(float), columns, seed=0)[1]["value"] < 0.01
 
 
+@pytest.mark.parametrize(("factor", "least"), [(1.0, 0.85), (2.0, 0.8)])
+def test_interval_of_ece_holds_the_truth(factor: float, least: float) -> None:
+    """Scores that are calibrated, or ``factor`` times too large, of 200 pairs at a time.
+
+    The truth is an integral over the distribution of the scores; the percentile interval never holds 0.
+    """
+    rng = np.random.default_rng(3)
+    grid = np.linspace(0, 12, 200_001)  # |log-odds|, half-normal of scale 1.5
+    weights = np.exp(-((grid / 1.5) ** 2) / 2)
+    sure, right = 1 / (1 + np.exp(-factor * grid)), 1 / (1 + np.exp(-grid))
+    at = np.minimum(((sure - 0.5) * 20).astype(int), 9)
+    gaps = [np.sum((weights * (sure - right))[at == b]) for b in range(10)]
+    truth = float(np.abs(gaps).sum() / weights.sum())
+    held = 0
+    for seed in range(60):
+        odds = rng.normal(scale=1.5, size=200)
+        won = (rng.random(200) < 1 / (1 + np.exp(-odds))).astype(float)
+        ece = measures.reliability(factor * odds, won, [str(i) for i in range(200)], seed)[1]
+        held += ece["low"] <= truth <= ece["high"]
+    assert held / 60 >= least
+
+
 def test_correct_counts_ties_of_the_model_by_half_and_leaves_even_votes_out() -> None:
     found = measures.correct([1.0, -1.0, 0.0, 2.0, -3.0], [1.0, 1.0, 1.0, 0.5, 0.2])
     assert found[:3].tolist() == [1.0, 0.0, 0.5]
