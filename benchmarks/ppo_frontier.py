@@ -101,16 +101,7 @@ def exact(args: argparse.Namespace, work: Path) -> None:
             call(*line, cwd=Path(__file__).resolve().parent)
     reference, rewards = distribution(str(model), args.prompt)
     print(f"prompt {args.prompt!r}, reward of the reference {reference @ rewards:.4f}\n")
-    columns = (
-        "β",
-        "seed",
-        "KL",
-        "reward",
-        "best-of-n there",
-        "optimum there",
-        "above best-of-n",
-        "β's optimum",
-    )
+    columns = ("β", "seed", "KL", "reward", "best-of-n there", "optimum there", "gap", "optimum of β")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     gaps = []
     for (kl_coef, seed), output in outputs.items():
