@@ -232,9 +232,9 @@ def pooled(projections: Array, pooling: str) -> Array:
     if pooling == "last":
         return projections[:, 0].copy()
     if pooling == "mean":
-        return np.cumsum(projections[:, 0]) / count
+        return np.asarray(np.cumsum(projections[:, 0]) / count)
     if pooling == "prompt-mean":
-        return projections[0, 0] + np.cumsum(projections[:, 1]) / count
+        return np.asarray(projections[0, 0] + np.cumsum(projections[:, 1]) / count)
     made = projections[:, 0].copy()
     for t in range(1, len(made)):
         made[t] = made[t - 1] + EMA_ALPHA * (made[t] - made[t - 1])
@@ -256,7 +256,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises:
         ToolError: no list of as many blocks as its config says (65).
     """
-    base = unwrap(model)
+    base: Any = unwrap(model)
     count = getattr(base.config.get_text_config(), "num_hidden_layers", None)
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -302,9 +302,8 @@ def hidden_states(
         if layer == last:
             raise _Enough
 
-    with tapped(loaded.model, layers, see):
-        with suppress(_Enough):
-            loaded.model(input_ids=ids, use_cache=False)
+    with tapped(loaded.model, layers, see), suppress(_Enough):
+        loaded.model(input_ids=ids, use_cache=False)
     return found
 
 

@@ -82,7 +82,7 @@ def _read(
         except ValueError as exc:
             reader.refuse(item, str(exc))
             continue
-        if exchange.group in known and not params.seen:
+        if exchange.group in known and not params.include_seen:
             seen += 1
         else:
             exchanges.append(exchange)

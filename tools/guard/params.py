@@ -108,7 +108,9 @@ class EvalParams:
     fails_above: float | None = option(
         None, help="The label is a score of how bad a reply is; above this it is a failure."
     )
-    seen: bool = option(False, help="Measure on templates and prompts that the guard was trained on, too.")
+    include_seen: bool = option(
+        False, help="Measure on templates and prompts that the guard was trained on, too."
+    )
     min_recall: float | None = option(None, help="Exit 1 when the recall is below this.", min=0, max=1)
     max_false_positives: float | None = option(
         None, help="Exit 1 when more harmless exchanges than this share are flagged.", min=0, max=1
