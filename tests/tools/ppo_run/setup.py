@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tuneutils.shared.artifact import write_json
 from tuneutils.shared.command import Run
+from tuneutils.shared.device import dtype_name
 from tuneutils.shared.models import load_tokenizer, resolve
 from tuneutils.tools.ppo_run.actors import Actors, build_actors
 from tuneutils.tools.ppo_run.params import Params
@@ -27,12 +28,17 @@ def params_of(model: Path, **changes: Any) -> Params:
     return Params(**{"model": str(model), "reward": "builtin:length", "temperature": 0.7, **changes})
 
 
-def actors_of(model: Path, reward_model: RewardModel | None = None, **changes: Any) -> Actors:
-    """The actors of a run with these parameters, float32 on the CPU."""
-    run = Run("ppo-run train", params_of(model, **changes), device="cpu", dtype="float32")
+def actors_of(
+    model: Path,
+    reward_model: RewardModel | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Actors:
+    """The actors of a run with these parameters on the CPU."""
+    run = Run("ppo-run train", params_of(model, **changes), device="cpu", dtype=dtype_name(dtype))
     base = resolve(str(model))
     torch.manual_seed(0)
-    return build_actors(run, base, load_tokenizer(base), CPU, torch.float32, "Say this.", reward_model)
+    return build_actors(run, base, load_tokenizer(base), CPU, dtype, "Say this.", reward_model)
 
 
 def perturb(actors: Actors, scale: float = 0.02, seed: int = 1) -> None:

@@ -17,6 +17,7 @@ from tuneutils.shared import device  # noqa: F401
 import torch  # isort: skip
 
 from tuneutils.shared.command import Run
+from tuneutils.shared.logprobs_model import unwrap
 from tuneutils.tools.ppo_run.actors import Actors
 from tuneutils.tools.ppo_run.doctor import (
     Finding,
@@ -136,15 +137,21 @@ class TestFinds:
         assert finding.status == "fail"
         assert re.search(r"two passes over the same batch differ by up to .* dropout", finding.text)
 
-    def test_row_12_another_temperature_in_sampling(self, tiny_model: Path) -> None:
-        actors = actors_of(tiny_model)
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_row_12_another_temperature_in_sampling(
+        self, dtype: torch.dtype, method: str, tiny_model: Path
+    ) -> None:
+        """By one per cent, which bfloat16's rounding would hide."""
+        actors = actors_of(tiny_model, dtype=dtype, method=method)
         probe = self.probe(actors)
+        assert self.only(sampler_agrees, probe).status == "ok"
 
         def warmer(_module: Any, _args: Any, output: Any) -> Any:
-            output.logits = output.logits / 1.1
+            output.logits = output.logits / 1.01
             return output
 
-        actors.policy.get_base_model().register_forward_hook(warmer)
+        unwrap(actors.policy).register_forward_hook(warmer)
         finding = self.only(sampler_agrees, probe)
         assert finding.status == "fail"
         assert "temperature" in finding.text
