@@ -19,7 +19,7 @@ from tuneutils.shared.artifact import check_stream, describe_input, sidecar
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import GateFailed, ToolError
 from tuneutils.shared.evaluate import ratio_estimate
-from tuneutils.shared.records import Reader, Record, open_writer
+from tuneutils.shared.records import FORMATS, Reader, Record, open_writer
 from tuneutils.tools.bias_scan.models.params import LeakParams
 
 WORD = re.compile(r"\w+", re.UNICODE)
@@ -98,7 +98,7 @@ def find_leaks(run: Run[LeakParams]) -> dict[str, Any]:
     check_stream(run, inputs)
     index, short = _index(params)
     quarantine = f"{run.output}.quarantine.jsonl" if run.output != "-" else None
-    reader = Reader(run.inputs, on_error=run.on_error, quarantine=quarantine)
+    reader = Reader(run.inputs, formats=tuple(FORMATS), on_error=run.on_error, quarantine=quarantine)
     with run.progress(None, "records", "records") as bar:
         for located in reader.located():
             for _, text in strings(located.record):
