@@ -175,7 +175,8 @@ def _record(text: Text) -> Record:
 
 
 def _metrics(index: Index, leaked: Sequence[Text], short: int, reader: Reader) -> dict[str, Any]:
-    share = ratio_estimate([t.exact or t in leaked for t in index.texts]) if leaked else None
+    names = {t.words for t in leaked}
+    share = ratio_estimate([t.words in names for t in index.texts]) if leaked else None
     return {
         "texts": len(index.texts),
         "leaked": len(leaked),
