@@ -5,14 +5,14 @@ layer by layer, and can hold the weights of one layer only, read from the files 
 
     decoder = open_decoder(resolve("artifacts/base"))
     for step in walk(decoder, ids):
-        for names in step.groups():                       # linears that see the same input
-            step.observe(names, lambda name, inputs: ...)  # inputs: (tokens, columns)
+        groups = step.observe_all(lambda name, inputs: ...)  # inputs: (tokens, columns), shared ones once
         step.linears["self_attn.q_proj"].weight.data = ...  # the next layer sees what this one now gives
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,27 +232,46 @@ class Step:
             for handle in handles:
                 handle.remove()
 
-    def groups(self) -> list[list[str]]:
-        """The linears in the order in which they run, those that share their input together."""
-        found: list[tuple[Tensor, list[str]]] = []
+    def observe_all(self, observer: Observer) -> list[list[str]]:
+        """Call ``observer(name, inputs)`` for the linears, once for those that share their input.
 
-        def see(name: str, module_input: Tensor) -> None:
-            for tensor, names in found:
-                if tensor is module_input:
-                    names.append(name)
-                    return
-            found.append((module_input, [name]))
+        Returns:
+            The linears in the order in which they run, those that share their input together; the first of
+            each group is the name that the observer got.
+        """
+        linears = self.linears
+        groups: list[list[str]] = []
+        seen: list[tuple[Tensor, list[str]]] = []  # of one batch: each input with the names that it reached
+        count = 0
 
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
-            for name, module in self.linears.items()
-        ]
+        def hook(name: str) -> Callable[..., None]:
+            def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+                nonlocal count
+                count += 1
+                for tensor, names in seen:
+                    if tensor is args[0]:
+                        names.append(name)
+                        break
+                else:
+                    seen.append((args[0], [name]))
+                    observer(name, args[0].detach().flatten(0, -2))
+                if count == len(linears):
+                    raise _Seen
+
+            return see
+
+        handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
         try:
-            self.run(slice(0, 1) if 1 in self._arguments else next(self.batches()))
+            for rows in self.batches():
+                with suppress(_Seen):
+                    self.run(rows)
+                groups = [names for _, names in seen]
+                seen.clear()
+                count = 0
         finally:
             for handle in handles:
                 handle.remove()
-        return [names for _, names in found]
+        return groups
 
 
 @torch.no_grad()

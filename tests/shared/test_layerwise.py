@@ -75,9 +75,16 @@ def test_changes_reach_the_next_layer(ids: torch.Tensor) -> None:
 
 
 def test_groups_share_an_input_and_come_in_order(ids: torch.Tensor) -> None:
-    step = next(walk(decoder_of(small("llama")), ids))
+    step = next(walk(decoder_of(small("llama")), ids, batch_tokens=16))
     attention, mlp = "self_attn.", "mlp."
-    assert step.groups() == [
+    shared: dict[str, list[torch.Tensor]] = {}
+    groups = step.observe_all(lambda name, inputs: shared.setdefault(name, []).append(inputs.clone()))
+    for name, parts in shared.items():
+        alone: list[torch.Tensor] = []
+        step.observe([name], lambda _, inputs: alone.append(inputs.clone()))  # noqa: B023
+        assert torch.equal(torch.cat(parts), torch.cat(alone))
+    assert list(shared) == [names[0] for names in groups]
+    assert groups == [
         [f"{attention}{n}_proj" for n in "qkv"],
         [f"{attention}o_proj"],
         [f"{mlp}gate_proj", f"{mlp}up_proj"],

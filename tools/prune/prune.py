@@ -135,6 +135,8 @@ def _judge(
     from tuneutils.shared.speed_up import speed_up
     from tuneutils.tools.prune.report import describe, one_line
 
+    if not sequences and not run.params.speed:
+        return
     dtype = resolve_dtype(run.dtype, resolve_device(run.device))
     original, model = _load(run, ref, dtype), model.to(dtype)
     if sequences:

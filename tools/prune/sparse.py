@@ -7,6 +7,7 @@ neighbouring columns, of which the M - N of lowest score go.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
@@ -15,9 +16,12 @@ import torch  # isort: skip
 from torch import Tensor  # isort: skip
 
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.hessian import add_gram, inverse_factor
 
-#: Columns of which SparseGPT chooses at once, and updates those after them (its paper's B_s).
+#: Columns of which SparseGPT chooses at once, and updates those after them (its paper's B_s), and the smaller
+#: blocks within which they are updated one by one.
 BLOCK = 128
+INNER_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -54,24 +58,22 @@ class Inputs:
 
     Attributes:
         squares: ``(in,)`` sum of squares over tokens.
-        products: ``(in, in)`` sum of x xᵀ over tokens, for SparseGPT alone.
+        products: ``(in, in)`` sum of x xᵀ over every ``every``-th token.
     """
 
     squares: Tensor
-    products: Tensor | None = None
-    tokens: int = 0
+    products: Tensor
+    every: int = 1
 
     @classmethod
-    def empty(cls, columns: int, *, products: bool) -> Inputs:
-        return cls(torch.zeros(columns), torch.zeros(columns, columns) if products else None)
+    def empty(cls, columns: int, *, every: int = 1) -> Inputs:
+        return cls(torch.zeros(columns), torch.zeros(columns, columns), every)
 
     def add(self, rows: Tensor) -> None:
         """Count in ``(tokens, in)``."""
         rows = rows.float()
         self.squares += rows.square().sum(0).cpu()
-        if self.products is not None:
-            self.products.addmm_(rows.T.cpu(), rows.cpu())
-        self.tokens += len(rows)
+        add_gram(self.products, rows[:: self.every].cpu())
 
 
 def lowest(scores: Tensor, sparsity: float, pattern: Pattern) -> Tensor:
@@ -81,7 +83,12 @@ def lowest(scores: Tensor, sparsity: float, pattern: Pattern) -> Tensor:
         order = groups.argsort(dim=-1, stable=True)[..., : pattern.group - pattern.keep]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(-2)
     count = int(sparsity * scores.shape[-1])
-    order = scores.argsort(dim=-1, stable=True)[..., :count]
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    mask = scores <= scores.kthvalue(count, dim=-1, keepdim=True).values
+    if bool((mask.sum(-1) == count).all()):
+        return mask
+    order = scores.argsort(dim=-1, stable=True)[..., :count]  # equals at the threshold
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
@@ -98,52 +105,52 @@ def wanda_mask(weight: Tensor, inputs: Inputs, sparsity: float, pattern: Pattern
     return lowest(weight.abs() * inputs.squares.sqrt().to(weight.device), sparsity, pattern)
 
 
-def sparsegpt(weight: Tensor, inputs: Inputs, sparsity: float, pattern: Pattern, damping: float) -> Tensor:
-    """The pruned weight, what is left adjusted for what went (Frantar and Alistarh 2023, arXiv 2301.00774).
+def sparsegpt(
+    weights: Sequence[Tensor], inputs: Inputs, shares: Sequence[float], pattern: Pattern, damping: float
+) -> list[Tensor]:
+    """Pruned weights, what is left adjusted for what went (Frantar and Alistarh 2023, arXiv 2301.00774).
 
     Algorithm 1: column by column a weight goes where w² / [H⁻¹]² is among the block's lowest, and its error
     is spread over the columns that are still to come, by the Cholesky factor of the inverse Hessian.
+
+    Args:
+        weights: ``(out, in)`` each, of matrices with the same inputs: their rows do not interact.
+        shares: of each matrix, what goes.
     """
-    assert inputs.products is not None
-    w = weight.float().clone()
-    hessian = inputs.products * (2 / max(inputs.tokens, 1))
-    dead = hessian.diagonal() == 0
-    hessian[dead, dead] = 1
-    w[:, dead] = 0
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    inverse = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())), upper=True
-    ).float()
-    columns = w.shape[1]
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
-        block, factor = w[:, start:end].clone(), inverse[start:end, start:end]
-        mask = torch.zeros_like(block, dtype=torch.bool)
+    sizes = [len(weight) for weight in weights]
+    w = torch.cat([weight.float().cpu() for weight in weights]).T.contiguous()  # a column is a contiguous row
+    w[inputs.products.diagonal() == 0] = 0
+    factor = inverse_factor(inputs.products, damping)
+    diagonal, lower = factor.diagonal().clone(), factor.T.contiguous()
+    steps = diagonal.tolist()
+    inner, size = (n - n % (pattern.group or 1) or pattern.group for n in (INNER_BLOCK, BLOCK))
+    for start in range(0, len(w), size):
+        end = min(start + size, len(w))
+        mask = torch.zeros(end - start, w.shape[1], dtype=torch.bool)
         if not pattern.group:
-            scores = block.square() / factor.diagonal().square()
-            mask = lowest(scores.flatten()[None], sparsity, pattern).view_as(block)
-        errors = torch.zeros_like(block)
-        for i in range(end - start):
-            if pattern.group and i % pattern.group == 0:  # scored once the columns before have been paid for
-                part = slice(i, i + pattern.group)
-                mask[:, part] = lowest(
-                    block[:, part].square() / factor.diagonal()[part].square(), sparsity, pattern
-                )
-            kept = block[:, i].masked_fill(mask[:, i], 0)
-            error = (block[:, i] - kept) / factor[i, i]
-            block[:, i:] -= error[:, None] * factor[i, i:]
-            block[:, i] = kept
-            errors[:, i] = error
-        w[:, start:end] = block
-        w[:, end:] -= errors @ inverse[start:end, end:]
-    return w.to(weight.dtype)
+            scores = (w[start:end] / diagonal[start:end, None]).square().split(sizes, dim=1)
+            for part, score, share in zip(mask.split(sizes, dim=1), scores, shares, strict=True):
+                part.copy_(lowest(score.flatten()[None], share, pattern).view_as(score))
+        errors = torch.empty(end - start, w.shape[1])
+        for first in range(start, end, inner):
+            last = min(first + inner, end)
+            for i in range(first, last):
+                if pattern.group and i % pattern.group == 0:  # scored once the columns before are paid for
+                    group = slice(i, i + pattern.group)
+                    score = (w[group] / diagonal[group, None]).square().T
+                    mask[i - start : i - start + pattern.group] = lowest(score, 0, pattern).T
+                error = torch.where(mask[i - start], w[i], 0).div_(steps[i])
+                w[i].masked_fill_(mask[i - start], 0)
+                w[i + 1 : last].addr_(lower[i + 1 : last, i], error, alpha=-1)
+                errors[i - start] = error
+            w[last:end].addmm_(lower[last:end, first:last], errors[first - start : last - start], alpha=-1)
+        w[end:].addmm_(lower[end:, start:end], errors, alpha=-1)
+    parts = w.T.split(sizes)
+    return [part.to(weight).contiguous() for part, weight in zip(parts, weights, strict=True)]
 
 
 def output_error(before: Tensor, after: Tensor, inputs: Inputs) -> float:
     """``‖(W - W') X‖² / ‖W X‖²`` on the calibration text."""
-    assert inputs.products is not None
-    change = (before - after).float().cpu()
-    base = before.float().cpu()
-    return float(
-        ((change @ inputs.products) * change).sum() / ((base @ inputs.products) * base).sum().clamp(min=1e-30)
-    )
+    change, base = (before - after).float().cpu(), before.float().cpu()
+    lost, whole = (((m @ inputs.products) * m).sum() for m in (change, base))
+    return float(lost / whole.clamp(min=1e-30))

@@ -23,6 +23,9 @@ from tuneutils.tools.prune.sparse import (
     wanda_mask,
 )
 
+#: Tokens on which the errors of outputs are reported, where nothing else needs the inputs' products.
+ERROR_TOKENS = 2048
+
 
 def prune_weights(run: Run[Params], model: Any, ids: Tensor, shares: Shares) -> list[dict[str, Any]]:
     """Zero weights of every linear layer of the decoder, in place; embeddings and head stay whole.
@@ -73,35 +76,57 @@ def global_levels(linears: dict[str, nn.Linear], levels: dict[str, float]) -> di
 def _prune_layer(
     params: Params, step: Step, levels: dict[str, float], pattern: Pattern
 ) -> list[dict[str, Any]]:
+    """Prune a layer's matrices on the inputs that they have with none of them pruned."""
     linears = step.linears
-    seen = {n: Inputs.empty(m.in_features, products=True) for n, m in linears.items()}
-    step.observe(list(linears), lambda name, inputs: seen[name].add(inputs))
-    rows = []
-    for name, module in linears.items():
-        before = module.weight.detach().clone()
-        level = levels[f"{step.name}.{name}"]
-        if level > 0:
-            module.weight.data = _pruned(params, before, seen[name], level, pattern)
-        after = module.weight.detach()
-        rows.append(
-            {
+    before = {name: module.weight.detach() for name, module in linears.items()}
+    # Only SparseGPT needs the inputs' products; the others report errors by them, for which fewer tokens do.
+    tokens = step.inputs.shape[0] * step.inputs.shape[1]
+    every = 1 if params.method == "sparsegpt" else -(-tokens // ERROR_TOKENS)
+    seen: dict[str, Inputs] = {}
+
+    def see(name: str, rows: Tensor) -> None:
+        if name not in seen:
+            seen[name] = Inputs.empty(rows.shape[1], every=every)
+        seen[name].add(rows)
+
+    rows = {}
+    for names in step.observe_all(see):
+        shares = [levels[f"{step.name}.{name}"] for name in names]
+        inputs = seen[names[0]]
+        made = _pruned(params, [before[n] for n in names], inputs, shares, pattern)
+        for name, after in zip(names, made, strict=True):
+            linears[name].weight.data = after
+            rows[name] = {
                 "layer": step.index,
                 "module": name,
-                "weights": before.numel(),
+                "weights": after.numel(),
                 "zeros": int((after == 0).sum()),
                 "sparsity": round(float((after == 0).double().mean()), 6),
-                "output_error": float(f"{output_error(before, after, seen[name]):.6g}"),
+                "output_error": float(f"{output_error(before[name], after, inputs):.6g}"),
             }
-        )
     step.changed()
-    return rows
+    return [rows[name] for name in linears if name in rows]
 
 
-def _pruned(params: Params, weight: Tensor, inputs: Inputs, level: float, pattern: Pattern) -> Tensor:
+def _pruned(
+    params: Params, weights: list[Tensor], inputs: Inputs, shares: list[float], pattern: Pattern
+) -> list[Tensor]:
+    """Matrices with the same inputs; those of which nothing goes stay as they are."""
+    chosen = [i for i, share in enumerate(shares) if share > 0]
+    made = list(weights)
+    if not chosen:
+        return made
     if params.method == "sparsegpt":
-        return sparsegpt(weight, inputs, level, pattern, params.damping)
-    if params.method == "wanda":
-        mask = wanda_mask(weight, inputs, level, pattern)
-    else:
-        mask = magnitude_mask(weight, level, pattern)
-    return weight.masked_fill(mask, 0)
+        pruned = sparsegpt(
+            [weights[i] for i in chosen], inputs, [shares[i] for i in chosen], pattern, params.damping
+        )
+        for i, weight in zip(chosen, pruned, strict=True):
+            made[i] = weight
+        return made
+    for i in chosen:
+        if params.method == "wanda":
+            mask = wanda_mask(weights[i], inputs, shares[i], pattern)
+        else:
+            mask = magnitude_mask(weights[i], shares[i], pattern)
+        made[i] = weights[i].masked_fill(mask, 0)
+    return made

@@ -11,6 +11,7 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch
 from torch import Tensor
 
+from tuneutils.shared.hessian import inverse_factor
 from tuneutils.shared.quantizers import Grid, Scales, fit
 
 # Columns whose errors are applied to the columns behind them in one product (section 3.3, step 2), and the
@@ -66,18 +67,3 @@ def gptq(
     restored = torch.empty_like(codes)
     restored[order] = codes
     return restored.T.contiguous().to(torch.int8), scales
-
-
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """Upper triangular ``U`` with ``(H + damping)^-1 = U^T U`` (section 3.3, step 3).
-
-    From ``H = R R^T`` with ``R`` upper triangular, a Cholesky factor taken from the other end, ``U = R^-1``:
-    one factorisation and one triangular inverse in place of two factorisations and a full inverse.
-    """
-    damped = gram.float().clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    eye = torch.eye(len(damped), device=damped.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()

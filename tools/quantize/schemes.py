@@ -12,6 +12,7 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 import torch
 from torch import Tensor
 
+from tuneutils.shared.hessian import add_gram
 from tuneutils.shared.layerwise import Step
 from tuneutils.shared.packing import packed_tensors, plain_tensors
 from tuneutils.shared.quantizers import Grid, Scales, fit, from_codes, to_codes
@@ -38,22 +39,20 @@ class Inputs:
     @classmethod
     def measure(cls, step: Step, *, magnitudes: bool = False) -> Inputs:
         """Run the calibration data through a layer."""
-        made = cls(step.groups())
-        first = [names[0] for names in made.groups]
+        made = cls([])
 
         def see(name: str, inputs: Tensor) -> None:
             rows = inputs.float()
             # Inputs in bfloat16 are multiplied exactly by bfloat16 units that add up in float32.
             with bfloat16_products(inputs.dtype == torch.bfloat16):
-                if name in made._grams:
-                    made._grams[name].addmm_(rows.T, rows)
-                else:
-                    made._grams[name] = rows.T @ rows
+                if name not in made._grams:
+                    made._grams[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                add_gram(made._grams[name], rows)
             if magnitudes:
                 total = rows.abs().sum(0)
                 made._sums[name] = made._sums[name] + total if name in made._sums else total
 
-        step.observe(first, see)
+        made.groups = step.observe_all(see)
         made._tokens = step.inputs.shape[0] * step.inputs.shape[1]
         for names in made.groups:
             for name in names[1:]:
