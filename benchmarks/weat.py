@@ -5,8 +5,8 @@
 
 The vectors are those of the ``wefe`` wheel (347 words of word2vec), the sets Caliskan's. Each engine runs in
 a process of its own on one thread; times are CPU seconds of the whole query, from vectors to d and p. Ours
-draws 100,000 partitions, also where it would enumerate all; WEFE as many as ``--peer-permutations``, since its
-cost grows in proportion. The median of five passes is shown (WEFE: of three).
+draws 100,000 partitions, also where it would enumerate all; WEFE as many as ``--peer-permutations``, since
+its cost grows in proportion. The median of five passes is shown (WEFE: of three).
 """
 
 from __future__ import annotations
