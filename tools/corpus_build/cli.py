@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
-from tuneutils.tools.corpus_build.params import BuildParams
+from tuneutils.tools.corpus_build.params import BenchmarkParams, BuildParams
 
 main = tool_group(
     "corpus-build",
@@ -22,6 +22,21 @@ def build(run: Run[BuildParams]) -> Summary:
     heldout.jsonl with the path, offset, hash and licence of every text, dropped.jsonl with reasons, a report.
     """
     from tuneutils.tools.corpus_build.build import build as make
+
+    return make(run)
+
+
+@tool(
+    "benchmark", BenchmarkParams, group="data", inputs="CORPUS", many=False, stdin=False, output="benchmark",
+    uses_model=False, parent=main,
+)  # fmt: skip
+def benchmark(run: Run[BenchmarkParams]) -> Summary:
+    """Make a benchmark of the held-out documents of CORPUS, a folder that build wrote.
+
+    Writes items.jsonl, task files of lm-evaluation-harness (choice.yaml, cloze.yaml) for lm-bench --task, and
+    sample.md to read. A hidden word is one that the train documents can teach; its sentence is not in them.
+    """
+    from tuneutils.tools.corpus_build.benchmark import make
 
     return make(run)
 

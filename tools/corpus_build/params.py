@@ -86,3 +86,16 @@ class BuildParams:
         "processes", help="Where the workers run: on this machine, or by Ray Data.",
         choices=("processes", "ray"), role="runtime",
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkParams:
+    """How many questions, and about which words."""
+
+    items: int = option(200, help="Most questions to make.", min=1)
+    per_document: int = option(5, help="Most questions about one document.", min=1)
+    general: tuple[str, ...] = option(
+        (), help="Record stream of general text: only the domain's own words are then asked for. Repeatable.",
+        metavar="RECORDS",
+    )  # fmt: skip
+    name: str = option("domain", help="Name of the tasks: NAME_choice and NAME_cloze.")
