@@ -34,25 +34,27 @@ def percentiles(values: Floats) -> Bounds:
     return float(low), float(high)
 
 
-def jackknife(statistic: Callable[[Floats], float | None], shards: Floats) -> tuple[float | None, Bounds]:
-    """A statistic of summed shards and its 95 % interval, by the delete-a-group jackknife (Kott 2001).
+def jackknife(statistic: Callable[[Floats], Floats], shards: Floats) -> list[tuple[float | None, Bounds]]:
+    """Statistics of summed shards and their 95 % intervals, by the delete-a-group jackknife (Kott 2001).
 
     Args:
-        statistic: of the sum of shards; None where it has no value.
+        statistic: ``(m,)`` values of the sum of shards; NaN where one has none.
         shards: ``(K, ...)``; those that are all zero are left out, as they say nothing of the spread.
 
     Returns:
-        The value and ``value -+ t(.975, K-1) * SE``; no interval where a shard less leaves no value.
+        Each value with ``value -+ t(.975, K-1) * SE``; no interval where a shard less leaves no value.
     """
     whole = shards.sum(axis=0)
-    value = statistic(whole)
+    values = statistic(whole)
     parts = [part for part in shards if part.any()]
-    if value is None or len(parts) < 2:
-        return value, (None, None)
-    left = [statistic(whole - part) for part in parts]
-    if any(v is None for v in left):
-        return value, (None, None)
-    each = np.array(left, dtype=np.float64)
-    k = len(each)
-    spread = T_975[k - 2] * float(np.sqrt((k - 1) / k * ((each - each.mean()) ** 2).sum()))
-    return value, (value - spread, value + spread)
+    k = len(parts)
+    if k < 2:
+        return [(None if np.isnan(v) else float(v), (None, None)) for v in values]
+    left = np.stack([statistic(whole - part) for part in parts])
+    spread = T_975[k - 2] * np.sqrt((k - 1) / k * ((left - left.mean(axis=0)) ** 2).sum(axis=0))
+    return [
+        (None, (None, None))
+        if np.isnan(v)
+        else (float(v), (None, None) if np.isnan(s) else (float(v - s), float(v + s)))
+        for v, s in zip(values, spread)
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -143,8 +144,8 @@ class Matcher:
     def find(self, texts: Sequence[str]) -> Mentions:
         """The mentions of a batch. Of overlapping terms of one axis the longer stands."""
         raw, plain = _prepare(texts)
-        hits = list(self._automaton.iter(plain.decode("latin-1")))
-        ends, numbers = np.array(hits, dtype=np.int64).reshape(-1, 2).T
+        hits = chain.from_iterable(self._automaton.iter(plain.decode("latin-1")))
+        ends, numbers = np.fromiter(hits, dtype=np.int64).reshape(-1, 2).T
         first = ends - self._bytes[numbers] + 2
         letters = np.frombuffer(plain, dtype=np.uint8)
         which, entry = _expanded(self._offsets, numbers)
@@ -193,9 +194,12 @@ class _Tokens:
         heads = np.flatnonzero(np.frombuffer(plain, dtype=np.uint8) == 0)
         rows, row = np.unique(np.searchsorted(heads, at) - 1, return_inverse=True)
         low, high = heads[rows], heads[rows + 1] if len(rows) else heads[rows]
-        parts = list(zip(low.tolist(), high.tolist()))
-        plain = b"".join([plain[a:b] for a, b in parts])
-        raw = b"".join([raw[a:b] for a, b in parts])
+        if len(rows) < len(heads) - 1:
+            parts = list(zip(low.tolist(), high.tolist()))
+            plain = b"".join([plain[a:b] for a, b in parts])
+            raw = b"".join([raw[a:b] for a, b in parts])
+        elif len(rows):
+            plain, raw = plain[heads[0] : heads[-1]], raw[heads[0] : heads[-1]]
         sizes = high - low
         moved = at - low[row] + (np.cumsum(sizes) - sizes)[row] if len(rows) else at
         letters = np.frombuffer(plain, dtype=np.uint8)
@@ -235,13 +239,14 @@ def _expanded(offsets: Ints, numbers: Ints) -> tuple[Ints, Ints]:
 
 def _prepare(texts: Sequence[str]) -> tuple[bytes, bytes]:
     """The batch as it is and in lower case without punctuation, equally long."""
-    raw = _encoded([t if t.isascii() else _MARKS.sub(" ", t) for t in texts])
+    raw = _encoded(texts)
     if raw.count(SEPARATOR) != len(texts) + 1:
         return _prepare([t.replace("\x00", " ") for t in texts])
     if raw.isascii():
         return raw, raw.translate(_TABLE)
-    plain = _encoded([t if t.isascii() else _folded(_MARKS.sub(" ", t)) for t in texts])
-    return raw, plain.translate(_TABLE)
+    texts = [t if t.isascii() else _MARKS.sub(" ", t) for t in texts]
+    plain = _encoded([t if t.isascii() else _folded(t) for t in texts])
+    return _encoded(texts), plain.translate(_TABLE)
 
 
 def _encoded(texts: Sequence[str]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from tuneutils.tools.bias_scan.matcher import Ints, Mentions
 
 MAX_WORDS = 1 << 15
 GROWTH = 1 << 12
+UNKNOWN = -2
 #: Weights are multiples of 2**-20, so that float64 sums of up to 2**33 are exact in whatever order.
 GRAIN = float(1 << 20)
 Floats = NDArray[np.float64]
@@ -42,25 +43,24 @@ class Near:
     ``pruned_below`` for each time at most.
 
     Attributes:
-        words: word → column.
         tables: group → ``(width,)`` counts, at least as wide as there are words.
         pruned: words forgotten; ``pruned_below``: the greatest count of one of them.
     """
 
     def __init__(self, window: Window, stop_words: frozenset[str]) -> None:
         self.window = window
-        self.words: dict[bytes, int] = {}
+        self._columns: dict[bytes, int] = {w.encode(): -1 for w in stop_words}
         self.tables: dict[int, Floats] = {}
         self.pruned = 0
         self.pruned_below = 0.0
-        self._stop = frozenset(w.encode() for w in stop_words)
+        self._stop_words = len(self._columns)
 
     def add(self, found: Mentions) -> None:
         """Count the words within the window of each mention, in its text.
 
         Function words do not count, nor do the words of phrases that are mentions.
         """
-        ids = self._columns(found.tokens)
+        ids = self._column_of_each(found.tokens)
         is_head = np.zeros(len(ids), dtype=bool)
         phrases = found.length > 1
         for part in range(int(found.length.max())):
@@ -82,26 +82,43 @@ class Near:
         self._scatter(found.group[which], ids[other], self.window.weights[distance])
         self._prune()
 
-    def _columns(self, tokens: list[bytes]) -> Ints:
+    @property
+    def words(self) -> dict[bytes, int]:
+        """Word → column."""
+        return dict(islice(self._columns.items(), self._stop_words, None))
+
+    def __len__(self) -> int:
+        return len(self._columns) - self._stop_words
+
+    def _column_of_each(self, tokens: list[bytes]) -> Ints:
         """``(tokens,)`` columns, new words' too; -1 for what is no content word."""
-        for token in sorted(set(tokens).difference(self.words, self._stop)):
-            if len(token) > 1 and token.decode("utf-8", "ignore").isalpha():
-                self.words[token] = len(self.words)
-        return np.fromiter(map(self.words.get, tokens, repeat(-1)), dtype=np.int64, count=len(tokens))
+        found = self._looked_up(tokens)
+        unknown = {tokens[i] for i in np.flatnonzero(found == UNKNOWN).tolist()}
+        new = sorted(t for t in unknown if len(t) > 1 and t.decode("utf-8", "ignore").isalpha())
+        if new:
+            self._columns.update(zip(new, range(len(self), len(self) + len(new))))
+            found = self._looked_up(tokens)
+        found[found == UNKNOWN] = -1
+        return found
+
+    def _looked_up(self, tokens: list[bytes]) -> Ints:
+        return np.fromiter(map(self._columns.get, tokens, repeat(UNKNOWN)), dtype=np.int64, count=len(tokens))
 
     def _prune(self) -> None:
-        if len(self.words) <= MAX_WORDS:
+        if len(self) <= MAX_WORDS:
             return
-        totals = np.zeros(len(self.words))
+        words = self.words
+        totals = np.zeros(len(words))
         for group in self.tables:
             totals += self.table(group)[: len(totals)]
-        ranked = sorted(self.words, key=lambda w: (-totals[self.words[w]], w))
+        ranked = sorted(words, key=lambda w: (-totals[words[w]], w))
         kept, gone = ranked[: MAX_WORDS // 2], ranked[MAX_WORDS // 2 :]
-        columns = [self.words[word] for word in kept]
+        columns = [words[word] for word in kept]
         self.tables = {group: table[columns] for group, table in self.tables.items()}
         self.pruned += len(gone)
-        self.pruned_below = max(self.pruned_below, float(totals[self.words[gone[0]]]))
-        self.words = {word: i for i, word in enumerate(kept)}
+        self.pruned_below = max(self.pruned_below, float(totals[words[gone[0]]]))
+        stop_words = dict(islice(self._columns.items(), self._stop_words))
+        self._columns = stop_words | {word: i for i, word in enumerate(kept)}
 
     def _scatter(self, group: Ints, column: Ints, weights: Floats) -> None:
         order = np.argsort(group, kind="stable")
@@ -112,8 +129,8 @@ class Near:
     def table(self, group: int) -> Floats:
         """The group's counts, wide enough for all words."""
         table = self.tables.get(group, np.zeros(0))
-        if len(table) < len(self.words):
-            wider = np.zeros(-(-len(self.words) // GROWTH) * GROWTH)
+        if len(table) < len(self):
+            wider = np.zeros(-(-len(self) // GROWTH) * GROWTH)
             wider[: len(table)] = table
             self.tables[group] = table = wider
         return table
@@ -122,8 +139,9 @@ class Near:
         """Add another part of the same scan."""
         self.pruned += other.pruned
         self.pruned_below = max(self.pruned_below, other.pruned_below)
-        source = np.array(list(other.words.values()), dtype=np.int64)
-        to = np.array([self.words.setdefault(w, len(self.words)) for w in other.words], dtype=np.int64)
+        words = other.words
+        source = np.array(list(words.values()), dtype=np.int64)
+        to = np.array([self._columns.setdefault(w, len(self)) for w in words], dtype=np.int64)
         for group in sorted(other.tables):
             self.table(group)[to] += other.table(group)[source]
         self._prune()

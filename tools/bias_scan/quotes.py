@@ -23,7 +23,7 @@ def leaning_words(scores: Scores, count: int) -> list[Table]:
             continue
         order = asked[np.argsort(-ratios[asked], kind="stable")]
         picked = order if len(order) <= 2 * count else np.concatenate([order[:count], order[-count:]])
-        mutual = npmi(near)
+        mutual = npmi(near, near.sum(axis=1))
         first, second = name.split(".", 1)[1].split(":")
         rows = [
             [scores.words[i].decode("utf-8", "replace"), *map(float, (ratios[i], *near[:, i], *mutual[:, i]))]

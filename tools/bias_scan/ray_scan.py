@@ -1,7 +1,8 @@
 """The same scan over the machines of a Ray cluster, by Ray Data: each task reads and counts a part of a file.
 
-Files must be where every machine can read them. A plain JSONL file is cut into byte ranges; a compressed one
-or Parquet is one part. Tallies do not depend on the cut, unless rare words are forgotten (the report says so).
+Files must be where every machine can read them. A plain JSONL file is cut into byte ranges; one that is
+compressed, or Parquet, is one part. Tallies do not depend on the cut, unless rare words are forgotten, which
+the report says.
 """
 
 from __future__ import annotations

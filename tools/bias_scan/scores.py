@@ -15,6 +15,7 @@ from tuneutils.tools.bias_scan.report import Score
 from tuneutils.tools.bias_scan.tally import SHARDS, Tally
 
 Floats = NDArray[np.float64]
+Found = tuple[float | None, Bounds, dict[str, float | int | None]]
 TVD = (
     "total variation 1/2 sum |target_g - p_g|, p_g the group's share of the axis's mentions; target {target}"
 )
@@ -60,15 +61,16 @@ class Scores:
 
     def __init__(self, tally: Tally, targets: Mapping[int, Floats], minimum: int, seed: int) -> None:
         self._tally, self._targets, self._minimum, self._seed = tally, targets, minimum, seed
-        self.words = sorted({word for near in tally.near for word in near.words})
+        columns = [near.words for near in tally.near]
+        self.words = sorted(set().union(*columns))
         place = {word: i for i, word in enumerate(self.words)}
+        #: Of each shard: where its words stand among all, and in its own tables.
         self._columns = [
-            (
-                np.array([place[w] for w in near.words], dtype=np.int64),
-                np.array(list(near.words.values()), np.int64),
-            )
-            for near in tally.near
+            (np.array([place[w] for w in own], dtype=np.int64), np.array(list(own.values()), dtype=np.int64))
+            for own in columns
         ]
+        self._neutral: dict[int, NDArray[np.bool_]] = {}
+        self._of_axis: dict[int, Floats] = {}
         self.pairs: dict[str, Pair] = {}
         self.ratios: dict[str, Floats] = {}
         self.members = [np.flatnonzero(tally.matcher.group_axis == a) for a in range(len(tally.matcher.axes))]
@@ -140,9 +142,9 @@ class Scores:
                 "npmi": NPMI,
                 "cobs": COBS,
             }
-            found: dict[str, tuple[float | None, Bounds, dict[str, float | int | None]]] = {}
+            found: dict[str, Found] = {}
             if n >= self._minimum:
-                near = np.stack([self._near(first), self._near(second)], axis=1)
+                near = self._both(axis, first, second)
                 pair = Pair(name, near, np.stack(mentions, axis=1), first, second)
                 self.pairs[f"{self._tally.matcher.axes[axis]}.{name}"] = pair
                 found = self._associate(axis, pair)
@@ -175,48 +177,51 @@ class Scores:
                     made[shard, to] += near.table(group)[source]
         return made
 
-    def _associate(
-        self, axis: int, pair: Pair
-    ) -> dict[str, tuple[float | None, Bounds, dict[str, float | int | None]]]:
-        neutral = self.neutral(axis)
-        size, tokens = len(self.words), self._tally.tokens
+    def _both(self, axis: int, first: tuple[int, ...], second: tuple[int, ...]) -> Floats:
+        """``(SHARDS, 2, words)``; the rest of an axis is all of it but the first group."""
+        near = self._near(first)
+        if len(first) + len(second) < len(self.members[axis]):
+            return np.stack([near, self._near(second)], axis=1)
+        if axis not in self._of_axis:
+            self._of_axis = {axis: self._near(tuple(self.members[axis].tolist()))}
+        return np.stack([near, self._of_axis[axis] - near], axis=1)
+
+    def _associate(self, axis: int, pair: Pair) -> dict[str, Found]:
+        vocabulary, tokens = len(self.words), self._tally.tokens
+        here = pair.near.any(axis=(0, 1))
+        neutral = self.neutral(axis)[here]
         # One array a shard for the jackknife: counts of words, and in the last column the mentions.
-        shards = np.concatenate([pair.near, pair.mentions[:, :, None]], axis=2)
+        shards = np.concatenate([pair.near[:, :, here], pair.mentions[:, :, None]], axis=2)
 
-        def score(metric: str, summed: Floats) -> float | None:
+        def statistic(summed: Floats) -> Floats:
             near, mentions = summed[:, :-1], summed[:, -1]
-            if not near.sum(axis=1).all():
-                return None
-            words = association.eligible(near, neutral)
-            if metric == "genbit":
-                return association.genbit(near, mentions, words, size)
-            if metric == "npmi":
-                return association.npmi_gap(near, words)
-            return association.cobs(near, mentions, tokens, words)
+            asked = association.eligible(near.sum(axis=0), neutral)
+            return association.all_three(near[:, asked], near.sum(axis=1), mentions, tokens, vocabulary)
 
+        found = jackknife(statistic, shards)
         whole = shards.sum(axis=0)
         near, mentions = whole[:, :-1], whole[:, -1]
-        words = association.eligible(near, neutral)
-        ratios = np.full(size, np.nan)
-        ratios[words] = association.log_ratios(near[:, words], mentions, size)
+        asked = association.eligible(near.sum(axis=0), neutral)
+        near, totals = near[:, asked], near.sum(axis=1)
+        ratios = np.full(vocabulary, np.nan)
+        ratios[np.flatnonzero(here)[asked]] = association.log_ratios(near, mentions, vocabulary)
         self.ratios[f"{self._tally.matcher.axes[axis]}.{pair.name}"] = ratios
-        made = {}
-        chance = (
-            [np.vstack([d.T, mentions]).T for d in association.by_chance(near, self._seed)]
-            if near.any()
-            else []
-        )
-        for metric in ("genbit", "npmi", "cobs"):
-            value, bounds = jackknife(lambda summed, metric=metric: score(metric, summed), shards)
-            drawn = [v for v in (score(metric, d) for d in chance) if v is not None]
-            extra = {"chance": float(np.mean(drawn)) if drawn else None, "words": int(words.sum())}
-            made[metric] = (value, bounds, extra)
-        return made
+        chance = np.full(3, np.nan)
+        if totals.all():
+            dealt = association.by_chance(near, totals, self._seed)
+            each = [association.all_three(d, totals, mentions, tokens, vocabulary) for d in dealt]
+            chance = np.stack(each).mean(axis=0)
+        return {
+            metric: (value, bounds, {"chance": float(by_chance), "words": int(asked.sum())})
+            for metric, (value, bounds), by_chance in zip(association.METRICS, found, chance)
+        }
 
     def neutral(self, axis: int) -> NDArray[np.bool_]:
         """``(words,)``: which are no terms of the axis."""
-        terms = self._tally.matcher.words_of(axis)
-        return np.array([word not in terms for word in self.words], dtype=bool)
+        if axis not in self._neutral:
+            terms = self._tally.matcher.words_of(axis)
+            self._neutral[axis] = np.array([word not in terms for word in self.words], dtype=bool)
+        return self._neutral[axis]
 
 
 def _tvd(counts: Floats, target: Floats) -> Floats:

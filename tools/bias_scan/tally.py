@@ -70,6 +70,8 @@ class Tally:
         self.near = [Near(window, stop_words) for _ in range(SHARDS)]
         self.samples: dict[int, list[tuple[int, Sampled]]] = {}
         self._sample_rows, self._seed = sample_rows, seed
+        #: Greatest priority that a group's sample still takes.
+        self._least = np.full(groups, np.iinfo(np.int64).max)
 
     def add(self, batch: Batch) -> None:
         """Count a batch."""
@@ -99,14 +101,15 @@ class Tally:
         """Keep the rows of each group with the least hash: a sample in whatever order they come."""
         if not self._sample_rows:
             return
-        priority = _hashed(batch.crcs, self._seed)[rows].tolist()
-        for row, number, least in zip(rows.tolist(), group.tolist(), priority):
+        priority = _hashed(batch.crcs, self._seed)[rows]
+        may = priority <= self._least[group]
+        for row, number, least in zip(rows[may].tolist(), group[may].tolist(), priority[may].tolist()):
             kept = self.samples.setdefault(number, [])
-            if len(kept) >= self._sample_rows and -least < kept[0][0]:
-                continue
             text = batch.texts[row][:QUOTED_CHARACTERS]
             entry = (-least, Sampled(least, batch.path, batch.numbers[row], text))
             self._keep(kept, entry)
+            if len(kept) == self._sample_rows:
+                self._least[number] = -kept[0][0]
 
     def _keep(self, kept: list[tuple[int, Sampled]], entry: tuple[int, Sampled]) -> None:
         heapq.heappush(kept, entry)
