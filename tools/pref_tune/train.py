@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,21 +18,17 @@ from tuneutils.shared.models import (
     model_input,
     parameter_counts,
 )
-from tuneutils.shared.pairs import Pair, Source, open_source, split
+from tuneutils.shared.pairs import Source, open_source, split
 from tuneutils.tools.pref_tune.examples import (
     Examples,
-    Single,
     as_singles,
-    mismatched,
     read,
     validate,
     validate_kto,
 )
-from tuneutils.tools.pref_tune.losses import KINDS, SMOOTHED, Objective
 from tuneutils.tools.pref_tune.params import TrainParams
 from tuneutils.tools.pref_tune.plan import check_options, text_limit
 from tuneutils.tools.pref_tune.setup import (
-    autocast,
     check_judge,
     is_main,
     log_event,
@@ -88,6 +83,7 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         fitted = fit(run, art, base, tokenizer, learnt)
         if not is_main():
             return {}
+        from tuneutils.tools.pref_tune.lesson import objective_of
         from tuneutils.tools.pref_tune.measures import measure
 
         report, answers = measure(run, base, fitted, objective_of(params), held)
@@ -96,18 +92,6 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         write_report(art.dir, report, answers)
         _record(art, fitted, learnt, report, headline(report))
     return {"output": run.output, "metrics": art.metrics}
-
-
-def objective_of(params: TrainParams) -> Objective:
-    """The loss with its constants."""
-    return Objective(
-        params.loss,
-        KINDS[params.loss].beta if params.beta is None else params.beta,
-        smoothing=params.label_smoothing if params.loss in SMOOTHED else 0.0,
-        gamma=params.gamma,
-        desirable_weight=params.desirable_weight,
-        undesirable_weight=params.undesirable_weight,
-    )
 
 
 def _sides(
@@ -155,6 +139,7 @@ def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, le
 
     from tuneutils.shared.adapters.fused_lora import fused
     from tuneutils.shared.training import MarkComplete, StopOnNaN
+    from tuneutils.tools.pref_tune.lesson import prepare
     from tuneutils.tools.pref_tune.trainer import PreferenceTrainer
 
     params = run.params
@@ -175,7 +160,7 @@ def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, le
     model.requires_grad_(False)
     model.config.use_cache = False
     with fused(model, where, causal_masks=True), config.main_process_first(local=False):
-        lesson = _lesson(run, art, model, tokenizer, learnt.pairs, singles, where, dtype)
+        lesson = prepare(run, art, model, tokenizer, config, learnt.pairs, singles)
     model = apply_method(model, tokenizer, params, _first_prompt(learnt, tokenizer))
     if lesson.packs and _is_prompt_learning(model):
         lesson.packs = False
@@ -220,89 +205,6 @@ def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, le
         trainer.state.global_step,
         trainer.log_lines(),
     )
-
-
-def _lesson(
-    run: Run[TrainParams],
-    art: Artifact,
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    singles: Sequence[Single],
-    where: Any,
-    dtype: Any,
-) -> Any:
-    """The examples with their log-probabilities under the model as it is now, which is the reference."""
-    import numpy as np
-
-    from tuneutils.shared.artifact import library_versions
-    from tuneutils.tools.pref_tune.batches import Reader, can_pack, packed_length
-    from tuneutils.tools.pref_tune.reference import cached, of_pairs, of_texts
-    from tuneutils.tools.pref_tune.trainer import Lesson
-
-    params = run.params
-    pad_id, size = int(tokenizer.pad_token_id), params.batch_size
-    objective, reader = objective_of(params), Reader(model)
-    versions = library_versions()
-    identity = [art.inputs[0].sha256, dtype_name(dtype), where.type, str(quantization(params)), str(size)]
-    identity += [f"{name} {versions.get(name)}" for name in ("torch", "transformers")]
-    with autocast(model, where, dtype):
-        if params.loss == "kto":
-            texts = [one.text for one in singles]
-            other = mismatched(singles, run.seed, max(len(t.ids) for t in texts))
-            both = cached(
-                art.work,
-                [*identity, repr([[t.ids, t.prompt] for t in (*texts, *other)])],
-                lambda: of_texts(reader, [*texts, *other], pad_id, size, where),
-            )
-            desirable = [one.desirable for one in singles]
-            _say_balance(run, desirable)
-            return Lesson(
-                objective,
-                pad_id,
-                np.stack(np.split(both, 2), 1),
-                singles=texts,
-                desirable=desirable,
-                mismatched=other,
-            )
-        sides = [(p.chosen, p.rejected) for p in pairs]
-        packs = can_pack(model, max(packed_length(s) for s in sides))
-        found = cached(
-            art.work,
-            [*identity, str(packs), repr([[c.ids, r.ids, c.prompt] for c, r in sides])],
-            lambda: of_pairs(reader, sides, pad_id, size, packs, where),
-        )
-    return Lesson(
-        objective,
-        pad_id,
-        found,
-        pairs=sides,
-        targets=[_target(p, params.soft_labels) for p in pairs],
-        margins=[params.margin_scale * p.margin for p in pairs],
-        packs=packs,
-    )
-
-
-def _target(pair: Pair, soft: bool) -> float:
-    if soft:
-        return pair.target
-    return 1.0 if pair.target > 0.5 else 0.5 if pair.target == 0.5 else 0.0
-
-
-def _say_balance(run: Run[TrainParams], desirable: Sequence[bool]) -> None:
-    """KTO's advice is ``λ_D n_D : λ_U n_U`` between 1 : 1 and 4 : 3."""
-    good = sum(desirable)
-    bad = len(desirable) - good
-    ratio = run.params.desirable_weight * good / max(run.params.undesirable_weight * bad, 1e-9)
-    if not 0.99 <= ratio <= 1.34:
-        run.log.warning(
-            "%d good and %d bad answers weigh %.2f : 1; between 1 and 1.33 is advised: "
-            "--desirable-weight %.3g would make them equal",
-            good,
-            bad,
-            ratio,
-            run.params.undesirable_weight * bad / good,
-        )
 
 
 def _first_prompt(learnt: Examples, tokenizer: Any) -> str:

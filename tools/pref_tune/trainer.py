@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
@@ -21,7 +22,7 @@ from trl import SFTConfig
 
 from tuneutils.shared.supervise import IGNORE, Encoded
 from tuneutils.shared.texts import Text
-from tuneutils.shared.training import LOGGED, ResumableTrainer
+from tuneutils.shared.training import LOGGED, BucketSampler, ResumableTrainer
 from tuneutils.tools.pref_tune.batches import Reader, Sides, packed_length, pair_batch, stack
 from tuneutils.tools.pref_tune.losses import Objective, kto_baseline, kto_losses, pair_losses
 from tuneutils.tools.pref_tune.reference import Floats
@@ -80,6 +81,26 @@ class Lesson:
         made |= {f"mismatched_{name}": tensor for name, tensor in other.items()}
         made["desirable"] = torch.tensor([self.desirable[i] for i in at])
         return made
+
+
+def sampler(lengths: Sequence[int], config: SFTConfig) -> BucketSampler:
+    """The order of examples, as ``ResumableTrainer`` has it."""
+    micro = config.per_device_train_batch_size * config.world_size
+    return BucketSampler(
+        lengths,
+        micro * config.gradient_accumulation_steps,
+        config.seed,
+        multiple=micro if config.world_size > 1 else 1,
+        filler=len(lengths),
+    )
+
+
+def first_used(lengths: Sequence[int], config: SFTConfig) -> list[int]:
+    """The examples that a run will see, in their order: all, unless it ends within its first pass."""
+    order = sampler(lengths, config)
+    if config.max_steps * order.step_size >= len(lengths):
+        return list(range(len(lengths)))
+    return sorted(set(islice(order, config.max_steps * order.step_size)))
 
 
 class PreferenceTrainer(ResumableTrainer):
