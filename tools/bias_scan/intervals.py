@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,8 +22,17 @@ def resampled_sums(columns: ArrayLike, seed: int, resamples: int = RESAMPLES) ->
         columns: ``(rows, columns)``.
     """
     values = np.asarray(columns, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) @ values
+    return _drawn(len(values), seed, resamples) @ values
+
+
+@lru_cache(maxsize=2)
+def _drawn(rows: int, seed: int, resamples: int) -> Floats:
+    """``(resamples, rows)``: how often each row is drawn."""
+    return (
+        np.random.default_rng(seed)
+        .multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+        .astype(np.float64)
+    )
 
 
 def percentiles(values: Floats) -> Bounds:

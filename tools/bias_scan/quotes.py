@@ -55,37 +55,36 @@ def worst_rows(scores: Scores, tally: Tally, count: int) -> list[Table]:
     made: list[Table] = []
     if not count:
         return made
-    place = {word: i for i, word in enumerate(scores.words)}
     for name, pair in scores.pairs.items():
         ratios = scores.ratios[name]
-        title, label = name.split(".", 1)[0], name.split(".", 1)[1].split(":")
-        for side, (members, sign) in enumerate(((pair.first, 1.0), (pair.second, -1.0))):
-            if label[side] == "rest":
-                continue
-            found = _ranked(tally, members[0], sign * ratios, place, scores.words)[:count]
+        axis, label = name.split(".", 1)
+        asked = np.flatnonzero(np.isfinite(ratios)).tolist()
+        for side, members, sign in zip(label.split(":"), (pair.first, pair.second), (1.0, -1.0)):
+            leans = {scores.words[i]: sign * float(ratios[i]) for i in asked}
+            found = _ranked(tally, members[0], leans)[:count] if len(members) == 1 else []
             if found:
-                made.append({"title": f"{title}, {label[side]} ({name})", "rows": found})
+                made.append({"title": f"{axis}, {side} ({name})", "rows": found})
     return made
 
 
-def _ranked(
-    tally: Tally, group: int, ratios: np.ndarray, place: dict[bytes, int], words: list[bytes]
-) -> list[dict[str, object]]:
-    """The sampled rows of a group by their mean log-ratio, each text once."""
-    rows: dict[str, Sampled] = {row.text: row for row in reversed(tally.sampled(group))}
-    found = []
-    for row in rows.values():
-        tokens = tally.matcher.find([row.text]).tokens
-        at = sorted({place[t] for t in tokens if t in place and np.isfinite(ratios[place[t]])})
-        if len(at) >= MIN_WORDS:
-            lean = float(ratios[at].mean())
-            most = sorted(at, key=lambda i: (-ratios[i], i))[:3]
-            note = ", ".join(f"{words[i].decode('utf-8', 'replace')} {ratios[i]:+.2f}" for i in most)
-            found.append((-lean, row, f"mean ln ratio {lean:+.2f} of {len(at)} words; {note}"))
+def _ranked(tally: Tally, group: int, leans: dict[bytes, float]) -> list[dict[str, object]]:
+    """The sampled rows of a group that lean to it by the mean log-ratio of their words; each text once."""
+    rows = list({row.text: row for row in reversed(tally.sampled(group))}.values())
+    mentions = tally.matcher.find([row.text for row in rows])
+    words: dict[int, set[bytes]] = {}
+    for at, token in zip(mentions.rows[mentions.row_of].tolist(), mentions.tokens):
+        if token in leans:
+            words.setdefault(at, set()).add(token)
+    found: list[tuple[float, Sampled, str]] = []
+    for at, tokens in words.items():
+        lean = sum(leans[t] for t in sorted(tokens)) / len(tokens)
+        if len(tokens) >= MIN_WORDS and lean > 0:
+            most = sorted(tokens, key=lambda t: (-leans[t], t))[:3]
+            note = ", ".join(f"{t.decode('utf-8', 'replace')} {leans[t]:+.2f}" for t in most)
+            found.append((-lean, rows[at], f"mean ln ratio {lean:+.2f} of {len(tokens)} words; {note}"))
     return [
         {"place": f"{'<stdin>' if r.path == '-' else r.path}:{r.line}", "text": _short(r.text), "note": note}
-        for lean, r, note in sorted(found, key=lambda f: (f[0], f[1]))
-        if lean < 0
+        for _, r, note in sorted(found, key=lambda f: f[:2])
     ]
 
 

@@ -169,7 +169,7 @@ def test_own_lexicon(workdir: Path) -> None:
 
 
 def test_another_language(workdir: Path) -> None:
-    write_jsonl(Path("in.jsonl"), [{"text": "Der König und die Königin, eine Königin."}])
+    write_jsonl(Path("in.jsonl"), [{"text": "Der Vater und die Mutter, eine Mutter."}])
     assert scan("-q", "in.jsonl", "--lang", "de", "--min-mentions", "1").code == 0
     assert value("gender.female.share") == pytest.approx(2 / 3)
     done = scan("in.jsonl", "--lang", "de", "--axis", "religion", out="x")
@@ -179,6 +179,8 @@ def test_another_language(workdir: Path) -> None:
 def test_quotes_are_escaped_and_the_page_needs_no_network(workdir: Path) -> None:
     evil = [{"text": f"she <script>alert(1)</script> paints quietly softly {i}"} for i in range(60)]
     plain = [{"text": f"he repairs engine loudly {i}"} for i in range(60)]
+    # Rare words, so that those above are in the upper fifth of counts.
+    plain += [{"text": f"he {chr(97 + i // 9) + chr(97 + i % 9)}"} for i in range(60)]
     write_jsonl(Path("in.jsonl"), evil + plain)
     assert scan("-q", "in.jsonl", "--min-mentions", "10").code == 0
     page = Path("out", "index.html").read_text()
