@@ -15,7 +15,8 @@ from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
 from tuneutils.tools.lm_bench import report as reports
 from tuneutils.tools.lm_bench.measured import Measured
 from tuneutils.tools.lm_bench.params import Params
-from tuneutils.tools.lm_bench.tradeoff import choice, choice_line, fronts, points, quality_metric, write_plots
+from tuneutils.tools.lm_bench.plot import write_plots
+from tuneutils.tools.lm_bench.tradeoff import choice, choice_line, fronts, points, quality_metric
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def bench(run: Run[Params]) -> dict[str, Any]:
         report = json.loads((Path(str(run.output)) / reports.REPORT).read_text(encoding="utf-8"))
         run.log.info("%s is up to date; speed measured again (%s)", run.output, done)
     _show(run, report, runs)
-    return {"output": run.output, **report, "runs": runs}
+    line = {"choice_line": choice_line(report, runs)} if "choice" in report else {}
+    return {"output": run.output, **report, "runs": runs, **line}
 
 
 def _entries(run: Run[Params]) -> tuple[list[Entry], str | None]:
@@ -157,8 +159,10 @@ def _plan(run: Run[Params], entries: Sequence[Entry]) -> tuple[list[Input], Any]
     return [*models, *files], measure_all
 
 
-def _original(run: Run[Params], refs: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """Label and model of ``--reference``."""
+def _original(run: Run[Params], refs: Mapping[str, Any]) -> Any:
+    """The model of ``--reference``, a ``fidelity.Original``, or None."""
+    from tuneutils.tools.lm_bench.fidelity import Original
+
     label = run.params.reference
     if label is None:
         return None
@@ -170,7 +174,7 @@ def _original(run: Run[Params], refs: Mapping[str, Any]) -> tuple[str, Any] | No
         )
     if not run.params.records:
         raise ToolError("--reference: needs --records to compare on", code=ExitCode.USAGE)
-    return label, refs[label]
+    return Original(label, refs[label])
 
 
 def _read(entry: Entry) -> list[Measured]:
@@ -248,7 +252,7 @@ def _write(
     if several:
         quality = quality_metric(report, run.params.quality)
         rows = points(report, quality)
-        report["pareto"] = fronts(report, quality, rows)
+        report["pareto"] = fronts(report, quality, rows, run.params.cost)
         report["quality"] = ":".join(quality)
         report["choice"] = choice(report, quality)
         write_plots(art.dir / "plots", report, quality, rows, report["pareto"])
@@ -259,7 +263,7 @@ def _write(
     _write_run_log(art.work, runs)
     if several and any(runs.values()):
         rows = points(report, quality, runs)
-        write_plots(art.work / "plots", report, quality, rows, fronts(report, quality, rows))
+        write_plots(art.work / "plots", report, quality, rows, fronts(report, quality, rows, run.params.cost))
 
 
 def _headlines(report: reports.Report) -> dict[str, Any]:
@@ -285,12 +289,21 @@ def _write_run_log(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     (folder / "run.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def flat(costs: dict[str, Any]) -> dict[str, Any]:
+    """Costs for a table: the rates of each shape as columns such as ``decode_tokens_per_s@256x8``."""
+    out = {k: v for k, v in costs.items() if k != "speed"}
+    for row in costs.get("speed", []):
+        shape = f"@{row['prompt']}x{row['batch']}"
+        out.update({k + shape: v for k, v in row.items() if k not in ("prompt", "batch")})
+    return out
+
+
 def _show(run: Run[Params], report: reports.Report, runs: dict[str, dict[str, Any]]) -> None:
     """The table for people on stderr, and the CSV where it is asked for."""
     import click
 
     if run.params.csv is not None:
-        rows = [{**row, **runs.get(row["label"], {})} for row in reports.table(report)]
+        rows = [{**row, **flat(runs.get(row["label"], {}))} for row in reports.table(report)]
         text = reports.to_csv(rows)
         if run.params.csv == "-":
             if run.json:

@@ -160,12 +160,12 @@ def measure(
     label: str,
     ref: ModelRef,
     exams: Sequence[Exam],
-    original: tuple[str, ModelRef] | None = None,
+    original: fidelity.Original | None = None,
 ) -> Measured:
     """Load a model and put it through all exams.
 
     Args:
-        original: label and model of ``--reference``.
+        original: the model of ``--reference``.
 
     Raises:
         ToolError: naming the model.
@@ -188,9 +188,9 @@ def measure(
             _add_clusters(items, exam, params.cluster)
             measured.exams[exam.name] = exam.as_json()
             measured.items[exam.name] = items
-        if original is not None and original[0] != label:
-            run.log.info("%s: against %s", label, original[0])
-            fidelity.add(run, measured, loaded, original[1], exams)
+        if original is not None and original.label != label:
+            run.log.info("%s: against %s", label, original.label)
+            fidelity.add(run, measured, loaded, original, exams)
         if isinstance(loaded, EdgeModel):
             loaded.close()
         elif params.engine == "harness" and params.task:

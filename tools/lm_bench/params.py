@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 from tuneutils.shared.command import option
 
+#: Deterministic costs, and those of the run logs; all are better when lower.
+COSTS = {
+    "trainable_parameters": "trainable parameters",
+    "bytes": "size on disk",
+    "bits_per_weight": "bits a weight",
+    "forgetting": "forgetting on general text (bits per byte)",
+}
+RUN_COSTS = {
+    "train_s": "training time (s)",
+    "train_peak_rss_bytes": "peak memory in training",
+    "peak_rss_bytes": "peak memory in inference",
+    "decode_ms_per_token": "decode time (ms a token)",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
@@ -33,6 +47,11 @@ class Params:
     reference_tokens: int = option(2048, help="Tokens to compare with the original on.", min=1)
     quality: str | None = option(
         None, help="Metric of the trade-off; by default the first task's.", metavar="TASK:METRIC"
+    )
+    cost: tuple[str, ...] = option(
+        (),
+        help="Costs that the plots and Pareto fronts are drawn over; all that are known if not given.",
+        choices=(*COSTS, *RUN_COSTS),
     )
     limit: int | None = option(None, help="Only the first records and questions of each set.", min=1)
     num_fewshot: int | None = option(None, help="Examples before each question; the task's own.", min=0)

@@ -345,6 +345,7 @@ def test_openvino(click_cli: Cli, model: Path, heldout: Path, workdir: Path) -> 
 
 @executorch
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_executorch(click_cli: Cli, model: Path, heldout: Path, workdir: Path) -> None:
     args = ("--heldout", heldout, "--target", "executorch", "--scheme", "int8", "--threads", "1")
     done = click_cli("edge-export", model, *args, "-o", "out", "--json")

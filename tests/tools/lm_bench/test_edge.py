@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from support import Result, build_tiny_model, invoke, load_tool, tiny_records, w
 from tuneutils.shared.engines import runtimes
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.models import load_model
-from tuneutils.tools.lm_bench import bandwidth, tradeoff
+from tuneutils.tools.lm_bench import bandwidth, fidelity, plot, tradeoff
+from tuneutils.tools.lm_bench.bench import flat
 
 Cli = Callable[..., Result]
 CPU = ("--device", "cpu", "--dtype", "float32")
@@ -128,3 +130,68 @@ def test_greedy_answers_of_a_package(click_cli: Cli, assets: dict[str, Path], wo
     lines = gzip.decompress(Path("report/items.jsonl.gz").read_bytes()).decode().splitlines()
     texts = [(r["model"], r["text"]) for r in map(json.loads, lines) if r["task"] == "generation"]
     assert [t for m, t in texts if m == "base"] == [t for m, t in texts if m == "f32"]
+
+
+def test_kl_and_agreement_of_two_distributions_by_hand() -> None:
+    import torch
+
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    q = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])
+    kl, agree = fidelity.compare(p.log(), q.log())
+    assert kl == pytest.approx(0.25 * math.log(2), rel=1e-6)  # .5 ln 2 - .25 ln 2, and nothing in the second
+    assert agree == 1
+
+
+def test_the_original_is_loaded_once_for_all_models(
+    click_cli: Cli, assets: dict[str, Path], workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def counted(given: str, **options: Any) -> Any:
+        asked.append(given)
+        return load_model(given, **options)
+
+    monkeypatch.setattr(fidelity, "load_model", counted)
+    twins = [f"{name}={assets['base']}" for name in ("one", "two", "three")]
+    args = ("--records", assets["text"], "--reference", "one", *CPU, "-o", "report", "--json")
+    done = click_cli("lm-bench", *twins, *args)
+    assert done.code == 0, done.stderr
+    assert len(asked) == 1
+    for model in done.json()["models"][1:]:
+        assert model["results"]["fidelity"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+        assert model["results"]["fidelity"]["agreement"]["value"] == 1
+
+
+def test_rates_of_each_shape_are_columns() -> None:
+    speed = [{"prompt": 64, "batch": b, "ttft_s": 0.1 * b, "decode_tokens_per_s": 10.0 * b} for b in (1, 8)]
+    assert flat({"load_s": 1.0, "ttft_s": 0.1, "speed": speed}) == {
+        "load_s": 1.0, "ttft_s": 0.1,
+        "ttft_s@64x1": 0.1, "decode_tokens_per_s@64x1": 10.0,
+        "ttft_s@64x8": 0.8, "decode_tokens_per_s@64x8": 80.0,
+    }  # fmt: skip
+
+
+def test_labels_cover_neither_points_nor_each_other() -> None:
+    points = [(100.0 + 6 * (i % 4), 100.0 + 5 * (i // 4)) for i in range(12)]
+    names = [f"model-{i}" for i in range(12)]
+    frame = (0.0, 0.0, 400.0, 300.0)
+    boxes = []
+    for name, (x, y), (dx, dy) in zip(names, points, plot.place(names, points, frame), strict=True):
+        left, bottom = x + dx, y + dy - plot.LINE / 2
+        boxes.append((left, bottom, left + plot.CHARACTER * len(name), bottom + plot.LINE))
+        assert left >= 0
+        assert left + plot.CHARACTER * len(name) <= 400
+    for i, a in enumerate(boxes):
+        for b in boxes[i + 1 :]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        for x, y in points:
+            assert not (a[0] < x < a[2] and a[1] < y < a[3])
+
+
+def test_only_the_costs_asked_for_have_fronts(click_cli: Cli, assets: dict[str, Path], workdir: Path) -> None:
+    twins = [f"{name}={assets['base']}" for name in ("one", "two")]
+    args = ("--records", assets["text"], "--cost", "bytes", *CPU, "-o", "report", "--json")
+    done = click_cli("lm-bench", *twins, *args)
+    assert done.code == 0, done.stderr
+    assert set(done.json()["pareto"]) == {"bytes"}
+    assert done.json()["choice_line"].startswith("text:bits_per_byte: smallest within 1 % of")
