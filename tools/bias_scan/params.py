@@ -14,7 +14,7 @@ class DataParams:
     axis: tuple[str, ...] = option(AXES, help="What to look for. Repeatable.", choices=AXES)
     lang: str = option(
         "en",
-        help="Language of the lexicons; but for en only gender.",
+        help="Language of the lexicons; other than en: gender alone, and --lexicon.",
         choices=("en", "de", "es", "fr", "it", "ru"),
     )
     lexicon: tuple[str, ...] = option(

@@ -25,7 +25,7 @@ from tuneutils.tools.bias_scan.report import (
 )
 from tuneutils.tools.bias_scan.scan import Settings, scan
 from tuneutils.tools.bias_scan.scores import Scores
-from tuneutils.tools.bias_scan.stopwords import STOP_WORDS
+from tuneutils.tools.bias_scan.stopwords import stop_words
 from tuneutils.tools.bias_scan.tally import Tally
 from tuneutils.tools.bias_scan.targets import parse_targets
 from tuneutils.tools.bias_scan.texts import check_fields
@@ -73,8 +73,10 @@ def settings_of(run: Run[DataParams]) -> Settings:
     """What the scan looks for and keeps."""
     params = run.params
     window = Window(params.window, params.decay)
-    stop_words = STOP_WORDS if params.lang == "en" else frozenset()
-    return Settings(tuple(lexicons_of(params)), window, stop_words, params.field, params.sample, run.seed)
+    lexicons = tuple(lexicons_of(params))
+    # Pronouns are function words, but near another mention they count, as with GenBit.
+    stop = stop_words(params.lang) - {term.text for lexicon in lexicons for term in lexicon.terms}
+    return Settings(lexicons, window, stop, params.field, params.sample, run.seed)
 
 
 def lexicons_of(params: DataParams) -> list[Lexicon]:

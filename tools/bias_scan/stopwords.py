@@ -1,6 +1,18 @@
-"""English function words, which tell nothing of a group and are passed over in a mention's surroundings."""
+"""Function words, which tell nothing of a group and are passed over in a mention's surroundings."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def stop_words(language: str) -> frozenset[str]:
+    """English ones are listed here, others are those of stopwords-iso (MIT)."""
+    if language == "en":
+        return STOP_WORDS
+    place = Path(__file__).parent / "data" / "stopwords.json"
+    return frozenset(json.loads(place.read_text(encoding="utf-8"))[language].split())
+
 
 STOP_WORDS = frozenset(
     """
