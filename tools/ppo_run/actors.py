@@ -156,10 +156,10 @@ class Actors:
 
     def policy_logprobs(
         self, batch: Batch, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities, values and, if asked, entropies ``(b, R)`` of the response tokens, 0 on pads.
 
-        The value that belongs to a token is that of the state before it.
+        The values of a head on the policy, else None: those of a model of its own are :meth:`trunk_values`.
         """
         with self.autocast():
             if isinstance(self.value, HeadOnPolicy) and self.transform is None:
@@ -168,12 +168,24 @@ class Actors:
                 hidden = kept[0][:, -batch.input_ids.shape[1] :]
             else:
                 logprobs, entropy, hidden = self._logprobs(self.policy, batch, with_entropy)
-                if isinstance(self.value, TrunkValue):
-                    hidden = self.value.hidden(batch.input_ids)
-        assert hidden is not None
+        values = None
+        if isinstance(self.value, HeadOnPolicy):
+            assert hidden is not None
+            values = self._values(hidden, batch)
+        return self._responses(logprobs, batch), values, self._entropy(entropy, batch)
+
+    def trunk_values(self, batch: Batch) -> Tensor:
+        """Values ``(b, R)`` by a value model of its own, 0 on pads."""
+        assert isinstance(self.value, TrunkValue)
+        with self.autocast():
+            hidden = self.value.hidden(batch.input_ids)
+        return self._values(hidden, batch)
+
+    def _values(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The value that belongs to a token is that of the state before it."""
         values = self.value.head(hidden.to(self.value.head.weight.dtype))[..., 0]
-        at_state = values.gather(1, batch.positions - 1) * batch.mask
-        return self._responses(logprobs, batch), at_state, self._entropy(entropy, batch)
+        at_state: Tensor = values.gather(1, batch.positions - 1) * batch.mask
+        return at_state
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> Tensor:

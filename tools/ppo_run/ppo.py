@@ -222,9 +222,12 @@ def accumulate(
     )
     logprobs, values, _ = actors.policy_logprobs(batch)
     policy_terms = policy_loss(logprobs, old_logprobs, adv, params.clip_range) * batch.mask
+    loss = policy_terms.sum() / tokens
+    if values is None:  # a model of its own: its activations come when the policy's are gone
+        loss.backward()  # type: ignore[no-untyped-call]
+        values, loss = actors.trunk_values(batch), loss.new_zeros(())
     value_terms = value_loss(values, old_values, ret, params.value_clip_range) * batch.mask
-    loss = (policy_terms.sum() + params.value_coef * value_terms.sum()) / tokens
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss + params.value_coef * value_terms.sum() / tokens).backward()
     with torch.no_grad():
         difference = (logprobs - old_logprobs) * batch.mask
         clipped = is_clipped(logprobs, old_logprobs, adv, params.clip_range) * batch.mask

@@ -171,6 +171,8 @@ def score(
         batch = collate([episodes[i] for i in rows], actors.pad_id, width, actors.where)
         logprobs, values, entropy = actors.policy_logprobs(batch, with_entropy=True)
         assert entropy is not None
+        if values is None:
+            values = actors.trunk_values(batch)
         return torch.stack([p.float() for p in (logprobs, values, entropy, batch.mask)], 1).cpu()
 
     def reference(rows: Sequence[int]) -> Tensor:
