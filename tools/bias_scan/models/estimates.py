@@ -145,7 +145,7 @@ def differences(
         "minimum": measure.least(settings),
         "formula": f"{model} minus {baseline}, paired: {measure.formula}",
     }
-    plain = {**common, "metric": f"{measure.metric}-difference", "extra": _sides(measure, base)}
+    plain = {**common, "metric": f"{measure.metric}-difference", "extra": _sides(measure, base, settings)}
     if measure.value is None or base.value is None:
         return [measure.score(model, **plain, note="no value on one side")]
     k = measure.columns.shape[1]
@@ -168,12 +168,17 @@ def differences(
     at = abs(measure.value - neutral) - abs(base.value - neutral)
     low, high = _bounds(both, settings, distance)
     formula = f"change of |score - {neutral:g}| from {baseline} to {model}, paired: {measure.formula}"
-    named = {"metric": f"{measure.metric}-bias-change", "formula": formula, "extra": _sides(measure, base)}
+    named = {"metric": f"{measure.metric}-bias-change", "formula": formula, "extra": {"units": len(both)}}
     return [*made, measure.score(model, **{**common, **named}, value=at, low=low, high=high, note=note)]
 
 
-def _sides(measure: Measure, base: Measure) -> dict[str, float | int | None]:
-    return {"before": base.value, "after": measure.value, "units": len(measure.columns)}
+def _sides(measure: Measure, base: Measure, settings: Settings) -> dict[str, float | int | None]:
+    """Both scores with their intervals, for the plot of before against after."""
+    made: dict[str, float | int | None] = {"units": len(measure.columns)}
+    for name, side in (("before", base), ("after", measure)):
+        low, high = _bounds(side.columns, settings, side.statistic)
+        made |= {name: side.value, f"{name}_low": low, f"{name}_high": high}
+    return made
 
 
 def resampled_sums(columns: Floats, seed: int, resamples: int) -> Floats:
