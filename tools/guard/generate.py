@@ -15,11 +15,11 @@ from tuneutils.shared.models import Loaded, load_model, model_input, resolve
 from tuneutils.shared.records import Located, Reader, Record, open_writer
 from tuneutils.shared.sample import Sampling
 from tuneutils.shared.sample import generate as sample
-from tuneutils.shared.supervise import prompt_ids
 from tuneutils.tools.guard import measures
 from tuneutils.tools.guard.check import with_reply
 from tuneutils.tools.guard.exchanges import has_reply, prompt_text, validate
 from tuneutils.tools.guard.params import RunParams
+from tuneutils.tools.guard.probe import prepared
 
 AHEAD = 4
 
@@ -42,7 +42,8 @@ def generate(run: Run[RunParams]) -> dict[str, Any]:
     with open_writer(str(run.output)) as writer:
         while batch := list(islice(located, ahead)):
             ahead = params.batch_size * AHEAD
-            for record in replies(loaded, guard, batch, params, run.seed, offset=counts["prompts"]):
+            ready = prepared(loaded, _unanswered(batch), guard.settings.template, reader.refuse)
+            for record in replies(loaded, guard, ready, params, run.seed, offset=counts["prompts"]):
                 counts["prompts"] += 1
                 counts["flagged"] += record["guard"]["flagged"]
                 writer.write(record)
@@ -55,11 +56,16 @@ def generate(run: Run[RunParams]) -> dict[str, Any]:
 
 
 def replies(
-    loaded: Loaded, guard: Guard, batch: list[Located], params: RunParams, seed: int, *, offset: int
+    loaded: Loaded,
+    guard: Guard,
+    ready: list[tuple[Record, list[int]]],
+    params: RunParams,
+    seed: int,
+    *,
+    offset: int,
 ) -> list[Record]:
-    """The records with reply, ``finish_reason`` and verdict; a reply that was there is written anew."""
-    records = [without_reply(item.record) for item in batch]
-    ids = [prompt_ids(r, loaded.tokenizer, template=guard.settings.template) for r in records]
+    """The records with reply, ``finish_reason`` and verdict."""
+    records = [record for record, _ in ready]
     sampling = Sampling(
         max_new_tokens=params.max_new_tokens,
         temperature=params.temperature,
@@ -69,8 +75,8 @@ def replies(
     )
     with StreamingGuard(guard, loaded, [prompt_text(r) for r in records]) as watching:
         made = sample(
-            loaded.model, ids, sampling, batch_size=params.batch_size, pad_token_id=loaded.pad_id,
-            on_token=watching, row_ids=range(offset, offset + len(records)),
+            loaded.model, [ids for _, ids in ready], sampling, batch_size=params.batch_size,
+            pad_token_id=loaded.pad_id, on_token=watching, row_ids=range(offset, offset + len(records)),
         )  # fmt: skip
     out = []
     for i, (record, completion, verdict) in enumerate(zip(records, made, watching.verdicts(), strict=True)):
@@ -84,6 +90,11 @@ def replies(
                 said["personal_data"] = dict(sorted(found.items()))
         out.append({**with_reply(record, reply), "finish_reason": completion.finish_reason, "guard": said})
     return out
+
+
+def _unanswered(batch: list[Located]) -> list[Located]:
+    """A reply that is there is left out, to be written anew."""
+    return [Located(without_reply(item.record), item.path, item.line) for item in batch]
 
 
 def without_reply(record: Record) -> Record:

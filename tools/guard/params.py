@@ -12,6 +12,9 @@ TEMPLATES = ("auto", "chat", "none")
 @dataclass(frozen=True, kw_only=True)
 class ProbeParams:
     model: str = option(help="The model to probe: artifact, folder, adapter or Hub id.", short="-m")
+    limit: int | None = option(
+        None, help="Only the first N probes of each category, of harmless requests and of others.", min=1
+    )
     max_new_tokens: int = option(48, help="Longest reply, in tokens.", min=1)
     temperature: float = option(0.0, help="Divisor of the logits; 0 is greedy.", min=0)
     batch_size: int = option(32, help="Prompts that are completed at once.", min=1)

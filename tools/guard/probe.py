@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from tuneutils.shared.artifact import Input, check_stream, describe_input, sha256_file, sidecar
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError, nearest
+from tuneutils.shared.evaluate_model import context_length
 from tuneutils.shared.guarding import decode
 from tuneutils.shared.models import Loaded, load_model, model_input, resolve
 from tuneutils.shared.records import Located, Reader, Record, open_writer
@@ -34,11 +36,11 @@ def probe(run: Run[ProbeParams]) -> dict[str, Any]:
         params.model, device=run.device, dtype=run.dtype, trust_remote_code=params.trust_remote_code
     )
     failed = written = 0
-    located = found.located()
+    located = limited(found.located(), params.limit)
     with open_writer(str(run.output)) as writer:
         while batch := list(islice(located, 4 * params.batch_size)):
-            records = [item.record for item in batch]
-            for record in answered(loaded, records, params, run.seed, offset=written):
+            ready = prepared(loaded, batch, params.template, found.refuse)
+            for record in answered(loaded, ready, params, run.seed, offset=written):
                 writer.write(record)
                 written += 1
                 failed += not record["label"]
@@ -47,6 +49,16 @@ def probe(run: Run[ProbeParams]) -> dict[str, Any]:
     if run.output != "-" and Path(str(run.output)).is_file():
         sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=inputs[0].licence)
     return {"output": run.output, "metrics": metrics}
+
+
+def limited(located: Iterator[Located], limit: int | None) -> Iterator[Located]:
+    """The first ``limit`` probes of each category, harmless ones and others apart; all without a limit."""
+    taken: Counter[tuple[Any, bool]] = Counter()
+    for item in located:
+        kind = item.record.get("category"), item.record["fails"] == "never"
+        taken[kind] += 1
+        if limit is None or taken[kind] <= limit:
+            yield item
 
 
 def validate(record: Record) -> None:
@@ -106,12 +118,29 @@ class ProbeReader:
         self.reader.refuse(item, reason)
 
 
+def prepared(
+    loaded: Loaded, batch: Sequence[Located], template: str, refuse: Callable[[Located, str], None]
+) -> list[tuple[Record, list[int]]]:
+    """The records with their prompts' tokens; what cannot be encoded or does not fit is refused."""
+    limit = context_length(loaded.model)
+    made = []
+    for item in batch:
+        try:
+            ids = prompt_ids(item.record, loaded.tokenizer, template=template)
+            if limit is not None and len(ids) >= limit:
+                raise ValueError(f"the prompt has {len(ids)} tokens; the model's context takes {limit - 1}")
+        except ValueError as exc:
+            refuse(item, str(exc))
+            continue
+        made.append((item.record, ids))
+    return made
+
+
 def answered(
-    loaded: Loaded, records: Sequence[Record], params: Any, seed: int, *, offset: int = 0
+    loaded: Loaded, ready: Sequence[tuple[Record, list[int]]], params: Any, seed: int, *, offset: int = 0
 ) -> list[Record]:
     """The records with the model's ``completion``, and ``label`` and ``harmless`` by their ``fails``."""
     tokenizer = loaded.tokenizer
-    ids = [prompt_ids(r, tokenizer, template=params.template) for r in records]
     sampling = Sampling(
         max_new_tokens=params.max_new_tokens,
         temperature=getattr(params, "temperature", 0.0),
@@ -119,11 +148,11 @@ def answered(
         seed=seed,
     )
     made = generate(
-        loaded.model, ids, sampling, batch_size=params.batch_size, pad_token_id=loaded.pad_id,
-        row_ids=range(offset, offset + len(records)),
+        loaded.model, [ids for _, ids in ready], sampling, batch_size=params.batch_size,
+        pad_token_id=loaded.pad_id, row_ids=range(offset, offset + len(ready)),
     )  # fmt: skip
     out = []
-    for record, completion in zip(records, made, strict=True):
+    for (record, _), completion in zip(ready, made, strict=True):
         reply = decode(tokenizer, completion.token_ids)
         label = not probes.failed(record["fails"], reply)
         said = {"completion": reply} if reply.strip() else {}  # no reply at all is a prompt alone

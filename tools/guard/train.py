@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from tuneutils.tools.guard.fit import (
 )
 from tuneutils.tools.guard.judge import judge
 from tuneutils.tools.guard.params import TrainParams
-from tuneutils.tools.guard.probe import ProbeReader, answered, source_input
+from tuneutils.tools.guard.probe import ProbeReader, answered, prepared, source_input
 from tuneutils.tools.guard.probe import validate as validate_probe
 
 FORWARD_ROWS = 16
@@ -118,19 +118,24 @@ def _exchanges(
     """The records as exchanges; probes are run on the model first and kept in ``exchanges.jsonl``."""
     params = run.params
     waiting = [i for i, item in enumerate(located) if params.label not in item.record]
-    records = [item.record for item in located]
+    replaced: dict[int, Record] = {}
     for start in range(0, len(waiting), 4 * params.batch_size):
         some = waiting[start : start + 4 * params.batch_size]
-        done = answered(loaded, [records[i] for i in some], params, run.seed, offset=start)
-        for i, record in zip(some, done, strict=True):
-            records[i] = record
+        ready = prepared(loaded, [located[i] for i in some], params.template, _refuse(reader))
+        done = answered(loaded, ready, params, run.seed, offset=start)
+        for (before, _), record in zip(ready, done, strict=True):
+            replaced[id(before)] = record
         run.log.info("%d of %d probes run", start + len(some), len(waiting))
     if waiting and art is not None:
-        (art.dir / "exchanges.jsonl").write_bytes(b"".join(dump_line(records[i]) for i in waiting))
-    own = set(waiting)
+        (art.dir / "exchanges.jsonl").write_bytes(b"".join(map(dump_line, replaced.values())))
+    refuse = _refuse(reader)
     made = []
-    for i, (item, record) in enumerate(zip(located, records, strict=True)):
-        label, above = ("label", None) if i in own else (params.label, params.fails_above)
+    for item in located:
+        record = replaced.get(id(item.record), item.record)
+        if params.label not in record and "label" not in record:
+            continue  # a probe that was refused
+        own = id(item.record) in replaced
+        label, above = ("label", None) if own else (params.label, params.fails_above)
         try:
             failed, harmless = outcome(record, label, above)
             made.append(
@@ -140,10 +145,17 @@ def _exchanges(
                 )
             )  # fmt: skip
         except ValueError as exc:
-            if reader is None:
-                raise ToolError(f"{item.place}: {exc}") from exc
-            reader.refuse(item, str(exc))
+            refuse(item, str(exc))
     return made
+
+
+def _refuse(reader: ProbeReader | None) -> Callable[[Located, str], None]:
+    """What to do with a bad record: as ``--on-error`` says, or stop where it is one of --calibration."""
+
+    def stop(item: Located, reason: str) -> None:
+        raise ToolError(f"{item.place}: {reason}")
+
+    return stop if reader is None else reader.refuse
 
 
 def _require_both(exchanges: Sequence[Exchange]) -> None:

@@ -347,3 +347,47 @@ def test_pooling_of_activations() -> None:
     assert points(0) == [0]
     assert points(1) == [0, 1]
     assert math.isclose(float(found["mean"][0].sum()), float(states[0].sum()), rel_tol=1e-6)
+
+
+def test_a_limit_counts_each_category_and_kind(click_cli: Cli, tiny_model: Path, workdir: Path) -> None:
+    rows = [
+        {"prompt": f"{c} {i}", "category": c, "fails": f}
+        for i in range(4)
+        for c in "ab"
+        for f in ("never", "complies")
+    ]
+    write_jsonl(Path("in.jsonl"), rows)
+    args = ("guard", "probe", "-q", "-m", tiny_model, "--limit", "3", "--max-new-tokens", "2", *CPU)
+    done = click_cli(*args, "-o", "log.jsonl", "in.jsonl")
+    assert done.code == 0, done.stderr
+    assert [r["prompt"] for r in read("log.jsonl")] == [
+        r["prompt"] for r in rows if not r["prompt"].endswith("3")
+    ]
+
+
+@pytest.mark.parametrize("command", ["probe", "run", "train"])
+def test_a_prompt_that_does_not_fit_is_named(
+    click_cli: Cli, tiny_model: Path, guard: Path, workdir: Path, command: str
+) -> None:
+    rows = [{"prompt": f"Say {i}.", "fails": "never" if i % 2 else "complies"} for i in range(24)]
+    write_jsonl(Path("in.jsonl"), [*rows, {"prompt": "Say so " * 100, "fails": "never"}])
+    few = ("--max-new-tokens", "2", *CPU)
+    given = {"probe": ("-m", tiny_model), "run": ("-g", guard), "train": ("-m", tiny_model, *TRAIN)}[command]
+    done = click_cli("guard", command, "-q", *given, *few, "-o", "out.jsonl", "in.jsonl")
+    assert done.code == 65
+    assert done.error.startswith("in.jsonl:25: the prompt has ")
+    assert not Path("out.jsonl").exists()
+    done = click_cli(
+        "guard",
+        command,
+        "-q",
+        *given,
+        *few,
+        "--budget=0.4" if command == "train" else "-q",
+        "-o",
+        "out.jsonl",
+        "--on-error",
+        "skip",
+        "in.jsonl",
+    )
+    assert done.code == 0, done.stderr
