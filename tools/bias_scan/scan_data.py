@@ -74,8 +74,8 @@ def settings_of(run: Run[DataParams]) -> Settings:
     params = run.params
     window = Window(params.window, params.decay)
     lexicons = tuple(lexicons_of(params))
-    # Terms that are function words count near another mention, as with GenBit; names that look like them do not.
-    terms = {t.text for lexicon in lexicons for t in lexicon.terms if "capital" not in t.flags}
+    # Terms that are function words count near another mention, as with GenBit; names that look so do not.
+    terms = {t.text for one in lexicons for t in one.terms if "capital" not in t.flags}
     stop = stop_words(params.lang) - terms
     return Settings(lexicons, window, stop, params.field, params.sample, run.seed)
 
