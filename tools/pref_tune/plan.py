@@ -59,6 +59,8 @@ def check_options(params: TrainParams) -> ModelRef:
         )
     if params.reward_model is not None:
         resolve(params.reward_model)
+        if not params.answers:
+            raise ToolError("--reward-model: has no answers to judge; --answers is 0", code=ExitCode.USAGE)
     return base
 
 

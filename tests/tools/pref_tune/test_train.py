@@ -238,6 +238,7 @@ class TestRefusals:
             (("--loss", "ipo", "--margin-scale", "1"), "takes no margins"),
             (("--method", "loar"), "did you mean 'lora'?"),
             (("--loss", "dop"), "dop"),
+            (("--quantization", "nf4", "--method", "full"), "--method full takes no --quantization"),
         ],
     )
     def test_options(self, args: tuple[str, ...], says: str, pt: Run, records: Path) -> None:
