@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tuneutils.tools.bias_scan.report import Report, Score, scores_of, shown
 
+#: Of groups that are never named these say nothing more; report.json has them.
+NOT_SHOWN_AT_ZERO = ("share", "rows")
+
 
 def page(report: Report, plots: Mapping[str, Path]) -> str:
     """The page; plots are held in it."""
@@ -20,7 +23,8 @@ def page(report: Report, plots: Mapping[str, Path]) -> str:
     )
     by_axis: dict[str, list[Score]] = {}
     for score in scores_of(report):
-        by_axis.setdefault(score.axis, []).append(score)
+        if score.value != 0.0 or score.metric not in NOT_SHOWN_AT_ZERO:
+            by_axis.setdefault(score.axis, []).append(score)
     formulas = dict.fromkeys((score.metric, score.formula) for score in scores_of(report))
     images = {
         name: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
