@@ -65,8 +65,10 @@ def _section() -> dict[str, Any]:
 def _uses(
     leaves: Mapping[str, click.Command], pipeline: Mapping[str, Any]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Every ``${…}`` of a stage's commands with the tool whose options it becomes."""
+    """Every ``${…}`` of a stage's commands with the tool whose options it becomes; a matrix's with none."""
     for stage in pipeline.get("stages", {}).values():
+        for axis in re.findall(r"\$\{([\w.-]+)\}", str(stage.get("matrix", ""))):
+            yield "", axis.split(".")
         each = re.fullmatch(r"\$\{([\w.-]+)\}", str(stage.get("foreach", "")))
         given = stage.get("do", stage).get("cmd", "")
         for command in given if isinstance(given, list) else [given]:

@@ -59,16 +59,19 @@ def test_an_unknown_key_in_an_overlay_is_refused() -> None:
         load("profile").overlay({"tune": {}}, {"tuen": {}})
 
 
+def entries(given: Any, params: dict[str, Any]) -> int:
+    """How many entries a list, or ``${a.path}`` into the parameters, has."""
+    if isinstance(given, str):
+        for key in given.removeprefix("${").removesuffix("}").split("."):
+            params = params[key]
+        given = params
+    return len(given)
+
+
 def count(stage: dict[str, Any], params: dict[str, Any]) -> int:
     """The stages that DVC makes of one in the file: an entry of ``foreach``, a cell of ``matrix``."""
-    if "matrix" in stage:
-        return math.prod(len(values) for values in stage["matrix"].values())
-    entries = stage.get("foreach", [None])
-    if isinstance(entries, str):
-        for key in entries.removeprefix("${").removesuffix("}").split("."):
-            params = params[key]
-        entries = params
-    return len(entries)
+    axes = stage["matrix"].values() if "matrix" in stage else [stage.get("foreach", [None])]
+    return math.prod(entries(axis, params) for axis in axes)
 
 
 def test_there_are_fewer_than_fifty_stages() -> None:
@@ -77,8 +80,8 @@ def test_there_are_fewer_than_fifty_stages() -> None:
 
 
 def test_stages_are_counted_as_dvc_makes_them() -> None:
-    params = {"methods": {"a": {}, "b": {}}}
-    matrix = {"scheme": ["rtn", "gptq"], "bits": [3, 4, 8]}
+    params = {"methods": {"a": {}, "b": {}}, "some": {"bits": [3, 4, 8]}}
+    matrix = {"scheme": ["rtn", "gptq"], "bits": "${some.bits}"}
     stages = [{"foreach": "${methods}"}, {"foreach": ["x", "y", "z"]}, {"matrix": matrix}, {"cmd": "true"}]
     assert [count(s, params) for s in stages] == [2, 3, 6, 1]
 

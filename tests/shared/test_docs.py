@@ -132,13 +132,16 @@ stages:
     cmd:
       - toy-copy a.jsonl ${list.first}
       - toy-group two ${list.second}
+  six:
+    matrix: {rank: "${list.ranks}", tag: [a, b]}
+    cmd: toy-copy a.jsonl --rank ${item.rank}
 """
     PARAMS = """
 in: {file: a.jsonl, options: {rank: 3, tags: [a, b]}}
 common: {seed: 1}
 methods: {x: {rank: 1}, y: {rank: 2}}
 nested: {x: {file: a.jsonl, options: {rank: 1}}}
-list: {first: {tags: [a]}, second: {rank: 2}}
+list: {first: {tags: [a]}, second: {rank: 2}, ranks: [3, 4]}
 """
 
     @pytest.fixture
