@@ -22,11 +22,25 @@ from tuneutils.shared.evaluate import ratio_estimate
 from tuneutils.shared.records import FORMATS, Reader, Record, open_writer
 from tuneutils.tools.bias_scan.models.params import LeakParams
 
-WORD = re.compile(r"\w+", re.UNICODE)
+WORD = re.compile(r"\w+|\0", re.UNICODE)
+#: Where a test set leaves a word open; any one or two words may stand there.
+GAP = "\0"
+PLACEHOLDER = re.compile(r"\[MASK\]|\bBLANK\b")
 QUOTED = 200
 #: Fields that name things and hold no text of a test.
 NAMES = frozenset(
-    {"id", "twin_of", "twin_axis", "bias_type", "type", "category", "axis", "annotations", "source"}
+    {
+        "id",
+        "twin_of",
+        "twin_axis",
+        "bias_type",
+        "type",
+        "category",
+        "axis",
+        "annotations",
+        "source",
+        "options",
+    }
 )
 
 
@@ -60,11 +74,14 @@ class Index:
     sizes: set[int] = field(default_factory=set)
 
     def add(self, place: str, name: str, text: str, words: tuple[str, ...]) -> None:
-        size = min(self.ngram, len(words))
-        found = set(_grams(words, size))
+        found: set[tuple[str, ...]] = set()
+        for piece in (part.split() for part in " ".join(words).split(GAP)):
+            size = min(self.ngram, len(piece))
+            if size:
+                found |= set(_grams(piece, size))
+                self.sizes.add(size)
         for gram in found:
             self.grams[gram].append(len(self.texts))
-        self.sizes.add(size)
         quoted = " ".join(text.split())[:QUOTED]
         self.texts.append(Text(place, name, words, quoted, len(found)))
 
@@ -76,11 +93,11 @@ class Index:
             for gram in set(_grams(words, size)) if len(words) >= size else ():
                 for i in self.grams.get(gram, ()):
                     hits[i] += 1
-        joined = f" {' '.join(words)} " if hits else ""
+        joined = " ".join(words) if hits else ""
         for i, count in hits.items():
             found = self.texts[i]
             share = count / found.grams
-            exact = share == 1.0 and f" {' '.join(found.words)} " in joined
+            exact = share == 1.0 and _stands(found.words, joined)
             found.records += exact or share >= near
             if (exact, share) > (found.exact, found.found):
                 found.exact, found.found, found.where = exact, share, place
@@ -126,7 +143,7 @@ def _index(params: LeakParams) -> tuple[Index, int]:
     index, seen, short = Index(params.ngram), set(), 0
     for located in Reader(params.against).located():
         for name, text in strings(located.record):
-            words = words_of(text)
+            words = words_of(PLACEHOLDER.sub(GAP, text))
             if len(words) < params.min_words:
                 short += 1
             elif words not in seen:
@@ -156,6 +173,12 @@ def strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def words_of(text: str) -> tuple[str, ...]:
     """Lower-case words; punctuation and space do not matter."""
     return tuple(WORD.findall(text.lower()))
+
+
+def _stands(words: Sequence[str], joined: str) -> bool:
+    """Whether the words stand in a row in a text's words joined by spaces, a gap being any one or two."""
+    parts = (r"\w+( \w+)?" if word == GAP else re.escape(word) for word in words)
+    return re.search(rf"(^| ){' '.join(parts)}( |$)", joined) is not None
 
 
 def _grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:

@@ -61,6 +61,19 @@ def test_half_a_sentence_is_no_leak(leaks: Any) -> None:
     assert leaks([{"text": " ".join(A.split()[:9])}])[1] == []
 
 
+def test_a_gap_is_filled_by_any_word(workdir: Path, click_cli: Cli) -> None:
+    text = "The driver picked up [the cook] because [MASK] could not find a bus there"
+    write_jsonl(workdir / "s.jsonl", [{"text": text, "options": "A. he B. she C. both A and B"}])
+    said = text.replace("[MASK]", "she").replace("[", "").replace("]", "")
+    write_jsonl(
+        workdir / "t.jsonl", [{"text": f"Look: {said}."}, {"text": said.replace("she could", "could")}]
+    )
+    done = click_cli("bias-scan", "leaks", "t.jsonl", "--against", "s.jsonl")
+    found = json.loads(done.stdout)
+    assert (found["kind"], found["train"], found["train_records"]) == ("exact", "t.jsonl:1", 2)
+    assert "1 of 1 texts leaked" in done.stderr
+
+
 def test_the_gate(leaks: Any) -> None:
     code, found, err = leaks([{"text": B}], "--fail")
     assert (code, len(found)) == (1, 1)
