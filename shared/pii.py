@@ -21,6 +21,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+#: Length of an IBAN by country (SWIFT IBAN Registry).
+IBAN_LENGTHS = {
+    entry[:2]: int(entry[2:])
+    for entry in (
+        "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28 "
+        "EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26 "
+        "IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28 "
+        "NL18 NO15 OM23 PK24 PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 "
+        "SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30"
+    ).split()
+}
+
 KINDS = ("email", "iban", "card", "ssn", "phone", "ip")
 
 
@@ -43,10 +55,13 @@ def luhn(digits: str) -> bool:
 
 
 def iban(text: str) -> bool:
-    """Whether the check digits of an IBAN are right (ISO 13616: mod 97 of the rearranged number is 1)."""
+    """Whether an IBAN has its country's length and the right check digits (ISO 13616: mod 97 is 1)."""
     compact = re.sub(r"\s", "", text).upper()
     moved = compact[4:] + compact[:4]
-    return 15 <= len(compact) <= 34 and int("".join(str(int(c, 36)) for c in moved)) % 97 == 1
+    return (
+        IBAN_LENGTHS.get(compact[:2]) == len(compact)
+        and int("".join(str(int(c, 36)) for c in moved)) % 97 == 1
+    )
 
 
 def _card(text: str) -> bool:
@@ -126,8 +141,19 @@ def _search(text: str, kind: str) -> Iterator[Span]:
     if not _NEEDS[kind].search(text):
         return
     for match in pattern.finditer(text):
-        if valid(match.group()):
-            yield Span(kind, match.start(), match.end())
+        end = _iban_end(text, match.start(), match.end()) if kind == "iban" else match.end()
+        if valid(text[match.start() : end]):
+            yield Span(kind, match.start(), end)
+
+
+def _iban_end(text: str, start: int, end: int) -> int:
+    """Where an IBAN ends by its country's length: capitals after it may look like more of it."""
+    left = IBAN_LENGTHS.get(text[start : start + 2], 0)
+    for at in range(start, end):
+        left -= text[at] != " "
+        if not left:
+            return at + 1 if at + 1 == end or text[at + 1] == " " else end
+    return end
 
 
 def mask(text: str, kinds: Sequence[str] = KINDS, *, form: str = "[{kind}]") -> tuple[str, Counter[str]]:

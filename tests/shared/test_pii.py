@@ -32,6 +32,39 @@ def test_iban_of_the_registry(number: str) -> None:
     assert not iban(number.replace("9", "8", 1) if "9" in number else number.replace("4", "5", 1))
 
 
+#: Of the SWIFT IBAN registry.
+IBANS = [
+    "AD12 0001 2030 2003 5910 0100",
+    "AT61 1904 3002 3457 3201",
+    "BE68 5390 0754 7034",
+    "CH93 0076 2011 6238 5295 7",
+    "DE89 3704 0044 0532 0130 00",
+    "DK50 0040 0440 1162 43",
+    "ES91 2100 0418 4502 0005 1332",
+    "FR14 2004 1010 0505 0001 3M02 606",
+    "GB29 NWBK 6016 1331 9268 19",
+    "IT60 X054 2811 1010 0000 0123 456",
+    "MT84 MALT 0110 0001 2345 MTLC AST0 01S",
+    "NL91 ABNA 0417 1643 00",
+    "NO93 8601 1117 947",
+    "SA03 8000 0000 6080 1016 7519",
+    "SE45 5000 0000 0583 9825 7466",
+    "TR33 0006 1005 1978 6457 8413 26",
+]
+
+
+@pytest.mark.parametrize("number", IBANS)
+def test_an_iban_ends_where_its_country_says(number: str) -> None:
+    for shown in (number, number.replace(" ", "")):
+        assert mask(f"PAY {shown} NOW OR IN 2 DAYS")[0] == "PAY [IBAN] NOW OR IN 2 DAYS"
+        assert mask(f"IBAN {shown}.")[0] == "IBAN [IBAN]."
+    assert not iban(number[:-1])
+    compact = number.replace(" ", "")
+    for i in range(4, len(compact) - 1):  # mod 97 catches every transposition of neighbours
+        if compact[i] != compact[i + 1]:
+            assert not iban(compact[:i] + compact[i + 1] + compact[i] + compact[i + 2 :])
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
