@@ -27,6 +27,7 @@ from tuneutils.shared.models import (
 )
 from tuneutils.shared.records import BadRecord, Reader
 from tuneutils.shared.supervise import LEARNABLE, Encoded, encode
+from tuneutils.shared.weights import check_finite
 from tuneutils.tools.prune.params import SPARSE, Params
 from tuneutils.tools.prune.plan import check_options, shares_of
 
@@ -81,8 +82,7 @@ def _load(run: Run[Params], ref: ModelRef, dtype: torch.dtype) -> Any:
     if ref.kind == "adapter":
         model = load_adapter(model, ref.path).merge_and_unload()
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ToolError(f"{ref.given}: {name} holds NaN or infinity; import the model again")
+        check_finite(ref.given, name, parameter)
     return model.requires_grad_(False).eval()
 
 

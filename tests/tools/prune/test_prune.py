@@ -216,4 +216,39 @@ def test_weights_that_are_no_numbers_are_named(prune: Prune, workdir: Path) -> N
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     done = prune(model=path)
     assert done.code == ExitCode.BAD_DATA
-    assert "down_proj.weight holds NaN or infinity" in done.error
+    assert "down_proj.weight has 1 values that are NaN or infinite" in done.error
+    assert not (workdir / "out").exists()
+
+
+def test_a_quantized_model_is_refused(prune: Prune, workdir: Path, dense: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    made = invoke(load_tool("quantize"), str(dense), "--scheme", "int8", "-o", "small", "-q")
+    assert made.code == 0, made.stderr
+    done = prune(model=Path("small"))
+    assert done.code == ExitCode.BAD_DATA
+    assert "is quantized already; prune first, then quantize" in done.error
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "mlp", "layers"])
+def test_tied_embeddings_stay_tied_and_whole(method: str, prune: Prune, workdir: Path) -> None:
+    path = build_tiny_model(workdir / "tied", tie_word_embeddings=True)
+    done = prune("--method", method, model=path)
+    assert done.code == 0, done.stderr
+    before, after = load_file(path / "model.safetensors"), load_file(workdir / "out" / "model.safetensors")
+    assert "lm_head.weight" not in after
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    loaded = AutoModelForCausalLM.from_pretrained(workdir / "out")
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("method", ["wanda", "mlp"])
+def test_an_architecture_without_the_modules_says_which(method: str, prune: Prune, workdir: Path) -> None:
+    from support import tiny_tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = workdir / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    done = prune("--method", method, model=folder)
+    assert done.code == ExitCode.BAD_DATA
+    assert "GPT2LMHeadModel lacks linear modules in each of transformer.h" in done.error
