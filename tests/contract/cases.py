@@ -5,7 +5,9 @@ A new tool adds one ``Case`` (or several, when it has several kinds of input or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +103,47 @@ def probes(assets: Assets) -> Path:
         '{"prompt": "Say so.", "fails": "complies"}\n{"prompt": "Do not say it.", "fails": "never"}\n'
     )
     return path
+
+
+def corpus(assets: Assets) -> Path:
+    """A corpus of a few documents that say much the same in other words."""
+    path = assets.records / "corpus"
+    if not path.exists():
+        source = assets.records / "corpus.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_documents()))
+        args = (
+            "-q",
+            "--rule",
+            "c4-lorem-ipsum",
+            "--heldout",
+            "0.3",
+            "--substring-words",
+            "0",
+            "-o",
+            path,
+            source,
+        )
+        assert invoke(load_tool("corpus-build"), *args).code == 0
+    return path
+
+
+def tiny_documents(count: int = 60) -> list[str]:
+    """Reports of one kind, each of two sentences with their own words and numbers."""
+    rng = random.Random(0)
+    nouns = ("court", "judge", "clerk", "jury", "panel", "board", "mayor", "guard", "agent", "nurse")
+    things = ("motion", "appeal", "letter", "report", "notice", "claim", "order", "record", "paper", "draft")
+
+    def pick(words: Sequence[str]) -> str:
+        return rng.choice(words)
+
+    return [
+        " ".join(
+            f"On day {i} the {pick(nouns)} of town {n} sent the {pick(things)} number {rng.randrange(10**6)} to the "
+            f"{pick(nouns)} and kept the {pick(things)}."
+            for n in range(2)
+        )
+        for i in range(count)
+    ]
 
 
 def gold_swaps(assets: Assets) -> Path:
@@ -212,6 +255,15 @@ CASES = [
         stdin=True,
         paths=("--target", "--decontaminate", "--general"),
     ),
+    Case(
+        "corpus-build questions",
+        lambda a: [a.stream("text")],
+        lambda _: ["--kind", "definition", "--kind", "continuation"],
+        reads="text",
+        stdin=True,
+        paths=("-m",),
+    ),
+    Case("corpus-build benchmark", lambda a: [corpus(a)], paths=("--general",)),
     Case("cf-augment eval", lambda a: [gold_swaps(a)], lambda _: ["--split", "all"], stdin=True),
     Case(
         "lora-tune",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
-from tuneutils.tools.corpus_build.params import BenchmarkParams, BuildParams
+from tuneutils.tools.corpus_build.params import BenchmarkParams, BuildParams, QuestionParams
 
 main = tool_group(
     "corpus-build",
@@ -24,6 +24,19 @@ def build(run: Run[BuildParams]) -> Summary:
     from tuneutils.tools.corpus_build.build import build as make
 
     return make(run)
+
+
+@tool("questions", QuestionParams, group="data", inputs="RECORDS", output="questions", parent=main)
+def questions(run: Run[QuestionParams]) -> Summary:
+    """Make instruction records of the text of RECORDS, such as a corpus's train.jsonl.
+
+    Rules find definitions, causes, dates, conditions, sections, titles and summaries. With --model the model
+    also writes questions, and every answer must come back from it when it is asked with the passage. Each
+    record has its passage, and path, offset and licence of its source.
+    """
+    from tuneutils.tools.corpus_build.ask import ask
+
+    return ask(run)
 
 
 @tool(

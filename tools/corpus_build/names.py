@@ -1,4 +1,4 @@
-"""The names of the quality rules, for the command line; what they do is in ``rules.py``."""
+"""Names of quality rules and kinds of question, for the command line; see ``rules.py`` and ``mine.py``."""
 
 FAMILIES = ("gopher", "c4")
 RULES = (
@@ -22,3 +22,4 @@ RULES = (
     "c4-policy",
     "c4-citations",
 )
+QUESTIONS = ("definition", "cause", "date", "condition", "section", "title", "summary", "continuation")

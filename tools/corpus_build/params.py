@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tuneutils.shared.command import option
 from tuneutils.shared.pii import KINDS
-from tuneutils.tools.corpus_build.names import FAMILIES, RULES
+from tuneutils.tools.corpus_build.names import FAMILIES, QUESTIONS, RULES
 
 HASHES = ("fast", "sha256")
 BUCKETS = ("head", "middle", "tail")
@@ -99,3 +99,27 @@ class BenchmarkParams:
         metavar="RECORDS",
     )  # fmt: skip
     name: str = option("domain", help="Name of the tasks: NAME_choice and NAME_cloze.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionParams:
+    """Which questions are made, and whether a model writes and checks them."""
+
+    kind: tuple[str, ...] = option(
+        QUESTIONS, help="Kinds of question to make by rules. Repeatable.", choices=QUESTIONS
+    )
+    per_document: int = option(8, help="Most questions that the rules make of one record.", min=1)
+    limit: int | None = option(None, help="Most questions in all, drawn at random.", min=1)
+    with_passage: bool = option(
+        False, help="Put the passage before the question; without it, the answer must be known."
+    )
+    model: str | None = option(
+        None, help="Model that writes questions of its own and must give back every answer.", short="-m",
+        metavar="MODEL",
+    )  # fmt: skip
+    model_passages: int = option(200, help="Most passages that the model asks about.", min=1)
+    per_passage: int = option(2, help="Questions that the model writes about each.", min=1)
+    agreement: float = option(
+        0.6, help="Least F1 between an answer and the one that comes back.", min=0, max=1
+    )
+    max_new_tokens: int = option(48, help="Longest reply of the model.", min=1)
