@@ -47,6 +47,7 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "bf16-frozen+value-adapter": {"frozen": "bfloat16", "micro": 8, "rollout": 32, "value": "lora"},
 }
 PHASES = ("rollout_s", "scoring_s", "update_s")
+CPU_PHASES = ("rollout_cpu_s", "scoring_cpu_s", "update_cpu_s")
 SHARES = ("rollout_bandwidth_share", "scoring_flops_share", "update_flops_share")
 
 
@@ -117,15 +118,19 @@ def report(runs: list[dict[str, Any]], best: dict[str, str]) -> None:
         }
     counts = sorted({sum(run["task"] == task for run in runs) for task in rows})
     print(f"TRL's settings: {best}; medians of {', '.join(map(str, counts))}")
-    print("| task | samples/s | samples/CPU s | rollout s | scoring s | update s | peak GiB | growth GiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| task | samples/s | samples/CPU s | rollout s | scoring s | update s | CPU s of each "
+        "| peak GiB | growth GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for task, row in rows.items():
         phases = []
         for phase, share in zip(PHASES, SHARES, strict=True):
             phases.append(f"{row[phase]:.1f}" + (f" ({row[share]:.0%})" if share in row else ""))
         rates = f"{row['samples_per_s']:.2f} | {row['samples_per_cpu_s']:.2f}"
         peak, growth = (row[k] / 2**30 for k in ("peak_bytes", "growth_bytes"))
-        print(f"| {task} | {rates} | {' | '.join(phases)} | {peak:.2f} | {growth:.2f} |")
+        cpu = " + ".join(f"{row[phase]:.0f}" for phase in CPU_PHASES)
+        print(f"| {task} | {rates} | {' | '.join(phases)} | {cpu} | {peak:.2f} | {growth:.2f} |")
     for task, row in rows.items():
         for peer_name in ("trl", "swift"):
             other = rows.get(f"{peer_name}:{task.split(':')[1].removesuffix('+head')}")
@@ -209,24 +214,23 @@ class Memory:
 
 def ours(args: argparse.Namespace, method: str) -> dict[str, float]:
     """The command itself, watched for the memory that training starts from and for CPU time."""
-    from tuneutils.tools.ppo_run import train
+    from tuneutils.tools.ppo_run import ppo, train
     from tuneutils.tools.ppo_run.cli import main as ppo_run
+    from tuneutils.tools.ppo_run.reward_model import RewardModel
 
-    memory, cpu_s = Memory(), []
-    prepare, one_update = train.prepare, train.one_update
+    memory, clock = Memory(), CpuClock()
+    prepare = train.prepare
 
     def watched(*given: Any, **named: Any) -> Any:
         setting = prepare(*given, **named)
         memory.loaded(setting.actors.policy)
         return setting
 
-    def clocked(*given: Any, **named: Any) -> Any:
-        start = time.process_time()
-        made = one_update(*given, **named)
-        cpu_s.append(time.process_time() - start)
-        return made
-
-    train.prepare, train.one_update = watched, clocked
+    train.prepare = watched
+    clock.watch(ppo, "collect", "rollout_cpu_s")
+    clock.watch(RewardModel, "__call__", "scoring_cpu_s", within="rollout_cpu_s")
+    clock.watch(ppo, "score", "scoring_cpu_s")
+    clock.watch(ppo, "improve", "update_cpu_s")
     name, _, head = method.partition("+")
     out = Path(args.work) / f"out-{method}"
     line = ["-q", "-m", args.model, "-r", f"{args.work}/rm", args.prompts, "-o", str(out), "--force"]
@@ -243,11 +247,40 @@ def ours(args: argparse.Namespace, method: str) -> dict[str, float]:
     events = [json.loads(text) for text in log.read_text().splitlines()]
     timed = [e for e in events if e["event"] == "update"][min(1, args.updates - 1) - args.updates :]
     means = {k: statistics.mean(e[k] for e in timed) for k in (*PHASES, *SHARES)}
-    return {
-        **rates(args, sum(means[k] for k in PHASES), statistics.mean(cpu_s[1:] or cpu_s)),
-        **means,
-        **memory.found(),
-    }
+    means |= clock.means(len(timed))
+    cpu_s = sum(means[k] for k in CPU_PHASES)
+    return {**rates(args, sum(means[k] for k in PHASES), cpu_s), **means, **memory.found()}
+
+
+class CpuClock:
+    """Processor time of the calls of some functions, each update's last ones counted."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, list[float]] = {name: [] for name in CPU_PHASES}
+
+    def watch(self, where: Any, function: str, phase: str, within: str | None = None) -> None:
+        """From here on; calls inside those of the phase ``within`` are taken from it."""
+        inner = getattr(where, function)
+
+        def call(*given: Any, **named: Any) -> Any:
+            start = time.process_time()
+            made = inner(*given, **named)
+            taken = time.process_time() - start
+            self.spent[phase].append(taken)
+            if within is not None:
+                self.spent[within].append(-taken)
+            return made
+
+        setattr(where, function, call)
+
+    def means(self, updates: int) -> dict[str, float]:
+        """Of the last ``updates``; a phase has as many calls in each."""
+        total = len(self.spent["update_cpu_s"])
+        made = {}
+        for phase, taken in self.spent.items():
+            calls = len(taken) // total * updates
+            made[phase] = sum(taken[-calls:]) / updates
+        return made
 
 
 def rates(args: argparse.Namespace, seconds: float, cpu_s: float) -> dict[str, float]:
@@ -359,11 +392,12 @@ class Phases:
         ends = [i for i, (phase, _, _) in enumerate(self.ends) if phase in ("start", "update_s")]
         count = max(1, len(ends) - 2)
         timed = self.ends[ends[-1 - count] :]
-        made = dict.fromkeys(PHASES, 0.0)
+        made = dict.fromkeys((*PHASES, *CPU_PHASES), 0.0)
         for before, after in itertools.pairwise(timed):
             made[after[0]] += (after[1] - before[1]) / count
+            made[after[0].replace("_s", "_cpu_s")] += (after[2] - before[2]) / count
         cpu_s = (timed[-1][2] - timed[0][2]) / count
-        return rates(args, sum(made.values()), cpu_s) | made
+        return rates(args, sum(made[k] for k in PHASES), cpu_s) | made
 
 
 def swift(args: argparse.Namespace, method: str) -> dict[str, float]:
