@@ -271,7 +271,12 @@ def _judged(run: Run[TrainParams], rows: list[list[int]], sides: Sides) -> list[
     if rm.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ToolError(f"{params.reward_model}: has another tokenizer than {params.model}")
     eos = int(tokenizer.eos_token_id)
-    return rm.scores([row if row[-1] == eos else [*row, eos] for row in rows], params.batch_size)
+    closed = [row if row[-1] == eos else [*row, eos] for row in rows]
+    if (longest := max(map(len, closed))) > rm.max_length:
+        run.log.warning(
+            "answers of up to %d tokens; the reward model has learnt from %d", longest, rm.max_length
+        )
+    return rm.scores(closed, params.batch_size)
 
 
 def _of_answers(answers: Answers, params: TrainParams, seed: int) -> Report:
