@@ -113,6 +113,10 @@ class Matcher:
             [-1 if term.group == NO_GROUP else number[axis, term.group] for _, axis, term in each],
             dtype=np.int64,
         )
+        self._single: list[set[bytes]] = [set() for _ in self.axes]
+        for key, axis, _ in each:
+            if key.count(" ") == 2:
+                self._single[axis].add(key.strip().encode("latin-1"))
         self._size = np.array([key.count(" ") - 1 for key, _, _ in each], dtype=np.int64)
         self._capital = np.array(["capital" in term.flags for _, _, term in each], dtype=bool)
         word = np.array(["word" in term.flags for _, _, term in each], dtype=bool)
@@ -138,8 +142,7 @@ class Matcher:
 
     def words_of(self, axis: int) -> set[bytes]:
         """The axis's terms that are single tokens."""
-        single = np.flatnonzero((self._axis == axis) & (self._size == 1))
-        return {_key(self.terms[i]).strip().encode("latin-1") for i in single.tolist()}
+        return self._single[axis]
 
     def find(self, texts: Sequence[str]) -> Mentions:
         """The mentions of a batch. Of overlapping terms of one axis the longer stands."""
@@ -192,7 +195,9 @@ class _Tokens:
     def of(cls, raw: bytes, plain: bytes, at: Ints) -> tuple[_Tokens, Ints]:
         """Split the texts in which the bytes ``at`` stand; also gives the tokens that start there."""
         heads = np.flatnonzero(np.frombuffer(plain, dtype=np.uint8) == 0)
-        rows, row = np.unique(np.searchsorted(heads, at) - 1, return_inverse=True)
+        row = np.searchsorted(heads, at) - 1
+        new = np.diff(row, prepend=-1) > 0  # hits come in the texts' order
+        rows, row = row[new], np.cumsum(new) - 1
         low, high = heads[rows], heads[rows + 1] if len(rows) else heads[rows]
         if len(rows) < len(heads) - 1:
             parts = list(zip(low.tolist(), high.tolist()))

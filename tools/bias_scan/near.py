@@ -121,7 +121,7 @@ class Near:
         self._columns = stop_words | {word: i for i, word in enumerate(kept)}
 
     def _scatter(self, group: Ints, column: Ints, weights: Floats) -> None:
-        order = np.argsort(group, kind="stable")
+        order = np.argsort(group.astype(np.int16), kind="stable")
         present, starts = np.unique(group[order], return_index=True)
         for number, part in zip(present.tolist(), np.split(order, starts[1:])):
             np.add.at(self.table(number), column[part], weights[part])

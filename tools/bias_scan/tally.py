@@ -88,7 +88,7 @@ class Tally:
         once = np.unique(row * groups + found.group)
         self.mentions += self._table(buckets[row] * groups + found.group)
         self.rows_with += self._table(buckets[once // groups] * groups + once % groups)
-        self.with_mention += len(np.unique(row))
+        self.with_mention += int(np.count_nonzero(np.diff(row, prepend=-1)))
         self.terms += np.bincount(found.term, minlength=len(self.terms))
         self.near[batch.shard].add(found)
         self._sample(once // groups, once % groups, batch)
