@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import PROVERBS, Result, build_tiny_model, tiny_records, tiny_tokenizer, write_jsonl
+from support import (
+    PROVERBS,
+    Result,
+    build_tiny_model,
+    environment,
+    tiny_records,
+    tiny_tokenizer,
+    tool_args,
+    write_jsonl,
+)
 
+from tuneutils.shared.artifact import verify
 from tuneutils.shared.engines import runtimes
 from tuneutils.shared.engines.client import EngineProcess
 from tuneutils.shared.errors import GateFailed, ToolError
@@ -187,6 +199,57 @@ def test_a_damaged_weight_is_caught(model: Path, heldout: Path, tmp_path: Path) 
         found = parity.metrics(parity.compare(loaded, engine, texts, tmp_path), seed=0)
     with pytest.raises(GateFailed, match="KL"):
         parity.check_gate({**found, "tokenized_alike": 1.0}, 0.95, 0.02, None)
+
+
+@llama_cpp
+def test_a_kill_while_the_runtime_checks_leaves_no_package_and_no_process(
+    click_cli: Cli, model: Path, heldout: Path, workdir: Path
+) -> None:
+    args = ("--heldout", str(heldout), "--scheme", "q8-0", "--threads", "1", "-o", "out")
+    process = subprocess.Popen(
+        [sys.executable, *tool_args("edge-export"), str(model), *args],
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not list(workdir.glob(".out.*.tmp/chat.json")):
+        time.sleep(0.002)  # the model's file is whole, and llama.cpp is about to load it
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not Path("out").exists()
+    done = click_cli("edge-export", model, *args)
+    assert done.code == 0, done.stderr
+    assert verify(Path("out")) == []
+    assert not list(workdir.glob(".out.*"))
+    deadline = time.monotonic() + 60
+    while (left := runtimes_of(workdir)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def runtimes_of(folder: Path) -> list[str]:
+    """Command lines of runtimes that serve a file below a folder (Linux; elsewhere none are seen)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue
+        if "shared.engines" in line and str(folder) in line:
+            found.append(line)
+    return found
+
+
+@llama_cpp
+def test_a_tied_model_is_exported_with_one_matrix_for_both(
+    click_cli: Cli, model: Path, heldout: Path, workdir: Path
+) -> None:
+    done = click_cli("edge-export", model, "--heldout", heldout, "--scheme", "f32", "-o", "out", "--json")
+    assert done.code == 0, done.stderr
+    source = load_model(str(model)).model
+    assert source.get_input_embeddings().weight is source.get_output_embeddings().weight
+    stored = sum(row["parameters"] for row in done.json()["tensor_types"].values())
+    assert stored == sum(p.numel() for p in source.parameters())
+    assert done.json()["bits_per_weight"] == pytest.approx(32)
 
 
 @llama_cpp
