@@ -17,6 +17,8 @@ def labelled(given: Sequence[str], baseline: str | None) -> list[tuple[str, str]
     made = [_split(text) for text in given]
     labels = [label for label, _ in made]
     for label in labels:
+        if not label or ":" in label:
+            raise ToolError(f"{label!r} is no label: empty, or with a colon", code=ExitCode.USAGE)
         if labels.count(label) > 1:
             raise ToolError(f"two are called {label!r}; name them with LABEL=PATH", code=ExitCode.USAGE)
     if baseline is not None and baseline not in labels:

@@ -29,7 +29,9 @@ class ModelParams:
     baseline: str | None = option(
         None, help="Label of the model that the others are compared with, item by item.", metavar="LABEL"
     )
-    sample: int | None = option(None, help="Take only N records of each set, at random by --seed.", min=1)
+    sample: int | None = option(
+        None, help="Take only N records of each set (sources with their twins), at random by --seed.", min=1
+    )
     min_items: int = option(30, help="Refuse a score of fewer items.", min=2)
     require_fall: tuple[str, ...] = option(
         (),

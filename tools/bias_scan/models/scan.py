@@ -132,14 +132,24 @@ def _read(run: Run[ModelParams], art: Artifact, test: str, path: str) -> TestSet
         raise ToolError(f"{path}: no record of {test} left ({reader.stats.refused} refused)")
     if reader.stats.refused:
         run.log.warning("%s: %d records refused", path, reader.stats.refused)
-    chosen = _sample(len(parsed), run.params.sample if test != "consistency" else None, run.seed)
-    return TestSet(test, path, [item for i in chosen for item in parsed[i][1]])
+    kept = _sample([_source(located, test) for located, _ in parsed], run.params.sample, run.seed)
+    return TestSet(test, path, [item for i in kept for item in parsed[i][1]])
 
 
-def _sample(count: int, wanted: int | None, seed: int) -> list[int]:
-    if wanted is None or wanted >= count:
-        return list(range(count))
-    return sorted(np.random.default_rng(seed).choice(count, wanted, replace=False).tolist())
+def _source(located: Located, test: str) -> str:
+    """What is sampled as one: a record, or a source with its twins."""
+    record = located.record
+    return str(record.get("twin_of", record.get("id"))) if test == "consistency" else located.place
+
+
+def _sample(keys: Sequence[str], wanted: int | None, seed: int) -> list[int]:
+    """Positions of the records of ``wanted`` keys drawn at random; all without a number."""
+    distinct = list(dict.fromkeys(keys))
+    if wanted is None or wanted >= len(distinct):
+        return list(range(len(keys)))
+    drawn = np.random.default_rng(seed).choice(len(distinct), wanted, replace=False)
+    chosen = {distinct[i] for i in drawn}
+    return [i for i, key in enumerate(keys) if key in chosen]
 
 
 def _parser(test: str) -> Callable[[Record], list[Any]]:

@@ -132,6 +132,9 @@ def test_consistency_of_a_reward_model(workdir: Path, click_cli: Cli) -> None:
     assert done.code == 0, done.stderr
     rows = {r["metric"]: r for r in report()["rows"] if r["group"] == ""}
     assert rows["changed"]["n"] == 40
+    args = ("--set", "consistency=twins.jsonl", "--sample", "30", "-o", "s", *CPU)
+    assert click_cli("bias-scan", "model", model, *args).code == 0
+    assert {r["n"] for r in report("s")["rows"]} == {30}
     assert rows["mean-move"]["value"] is not None
 
 
