@@ -30,26 +30,37 @@ def ray_scan(reader: Reader, settings: Settings, address: str) -> Tally:
     require("ray", "ray")
     if "-" in reader.paths:
         raise ToolError("--ray needs files that every machine can read, not stdin", code=ExitCode.USAGE)
-    import ray
-
     parts = [part for path in reader.paths for part in parts_of(os.path.abspath(path), path)]
-    try:
-        if not ray.is_initialized():
-            ray.init(None if address == "local" else address, log_to_driver=False, include_dashboard=False)
-    except (ConnectionError, ValueError) as exc:
-        reason = " ".join(str(exc).split())[:200]
-        raise ToolError(f"--ray {address}: no cluster: {reason}", code=ExitCode.UNAVAILABLE) from exc
+    _join(address)
     try:
         return _scan(reader, settings, parts)
     finally:
         if address == "local":
+            import ray
+
             ray.shutdown()
 
 
-def _scan(reader: Reader, settings: Settings, parts: list[Part]) -> Tally:
+def _join(address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine takes longer than its 60
     import ray
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+    except Exception as exc:  # Ray raises plain ones
+        reason = " ".join(str(exc).split())[:200]
+        raise ToolError(f"--ray {address}: no cluster: {reason}", code=ExitCode.UNAVAILABLE) from exc
+
+
+def _scan(reader: Reader, settings: Settings, parts: list[Part]) -> Tally:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
     kept = ray.put(settings)
 
     def count(part: Part) -> Part:
@@ -60,7 +71,7 @@ def _scan(reader: Reader, settings: Settings, parts: list[Part]) -> Tally:
     # One part a block, so that as many tasks run as there are cores.
     rows = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map(count).iter_rows()
     whole = settings.tally()
-    for row in sorted(rows, key=lambda row: row["number"]):
+    for row in rows:
         tally, refused = row["done"]
         start = numbered[row["number"]]["start"]
         before = _lines_before(refused[0].path, start) if refused and start else 0

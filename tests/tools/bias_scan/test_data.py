@@ -179,8 +179,8 @@ def test_another_language(workdir: Path) -> None:
 def test_quotes_are_escaped_and_the_page_needs_no_network(workdir: Path) -> None:
     evil = [{"text": f"she <script>alert(1)</script> paints quietly softly {i}"} for i in range(60)]
     plain = [{"text": f"he repairs engine loudly {i}"} for i in range(60)]
-    # Rare words, so that those above are in the upper fifth of counts.
-    plain += [{"text": f"he {chr(97 + i // 9) + chr(97 + i % 9)}"} for i in range(60)]
+    # 31 rare words, so that the eight above are the upper fifth of counts.
+    plain += [{"text": f"he {chr(97 + i // 9) + chr(97 + i % 9)}"} for i in range(31)]
     write_jsonl(Path("in.jsonl"), evil + plain)
     assert scan("-q", "in.jsonl", "--min-mentions", "10").code == 0
     page = Path("out", "index.html").read_text()
