@@ -8,7 +8,7 @@ the report says.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tuneutils.shared.errors import ExitCode, ToolError, require
@@ -19,6 +19,7 @@ from tuneutils.tools.bias_scan.tally import Tally
 
 PART_BYTES = 64 << 20
 Part = dict[str, Any]
+Counted = tuple[Tally, list[Refused], int]
 
 
 def ray_scan(reader: Reader, settings: Settings, address: str) -> Tally:
@@ -64,19 +65,23 @@ def _scan(reader: Reader, settings: Settings, parts: list[Part]) -> Tally:
     kept = ray.put(settings)
 
     def count(part: Part) -> Part:
-        tally, refused = count_part(part, ray.get(kept))
-        return {"number": part["number"], "done": (tally, refused)}
+        return {"done": count_part(part, ray.get(kept))}
 
-    numbered = [{"number": i, **part} for i, part in enumerate(parts)]
     # One part a block, so that as many tasks run as there are cores.
-    rows = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map(count).iter_rows()
+    rows = ray.data.from_items(parts, override_num_blocks=len(parts)).map(count).iter_rows()
+    return merged((row["done"] for row in rows), parts, reader, settings)
+
+
+def merged(done: Iterable[Counted], parts: list[Part], reader: Reader, settings: Settings) -> Tally:
+    """The tally of all parts, which come in order; line numbers become those within the file."""
     whole = settings.tally()
-    for row in rows:
-        tally, refused = row["done"]
-        start = numbered[row["number"]]["start"]
-        before = _lines_before(refused[0].path, start) if refused and start else 0
+    before = 0
+    for part, (tally, refused, lines) in zip(parts, done):
+        before = before if part["start"] else 0
         refuse(reader, [Refused(r.path, r.number + before, r.reason, r.raw) for r in refused])
+        tally.renumber(before)
         whole.merge(tally)
+        before += lines
     return whole
 
 
@@ -89,41 +94,40 @@ def parts_of(path: str, shown: str) -> list[Part]:
     return [{"path": path, "shown": shown, "start": a, "end": b} for a, b in zip(cuts, ends)]
 
 
-def count_part(part: Part, settings: Settings) -> tuple[Tally, list[Refused]]:
-    """The tally of a part, and its bad lines with their numbers within the part."""
+def count_part(part: Part, settings: Settings) -> Counted:
+    """The tally of a part, its bad lines, and how many lines it has; lines are numbered within the part."""
     tally = settings.tally()
     refused: list[Refused] = []
-    for blocks, bad in deal(part["shown"], lines_of(part)):
+    lines = Lines(part)
+    for blocks, bad in deal(part["shown"], iter(lines)):
         refused += bad
         refused += [r for block in blocks for r in add_block(tally, block, settings.fields)]
-    return tally, refused
+    return tally, refused, lines.count
 
 
-def lines_of(part: Part) -> Iterator[tuple[int, bytes | Record]]:
-    """The lines that start within the part's bytes; a line belongs where its first byte is."""
-    if part["end"] < 0:
-        yield from raw_lines(part["path"])
-        return
-    with open(part["path"], "rb") as source:
-        if part["start"]:
-            source.seek(part["start"] - 1)
-            source.readline()
-        number = 0
-        while source.tell() < part["end"] and (raw := source.readline()):
-            number += 1
-            if number == 1 and not part["start"]:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip():
-                yield number, raw.rstrip(b"\r\n")
+class Lines:
+    """The lines that start within the part's bytes; a line belongs where its first byte is.
 
+    Attributes:
+        count: lines read, blank ones too.
+    """
 
-def _lines_before(path: str, start: int) -> int:
-    """How many lines start before a byte."""
-    with open(path, "rb") as source:
-        source.seek(start - 1)
-        whole = source.read(1) == b"\n"
-        source.seek(0)
-        count, left = 0, start
-        while left and (block := source.read(min(left, 1 << 20))):
-            count, left = count + block.count(b"\n"), left - len(block)
-    return count if whole else count + 1
+    def __init__(self, part: Part) -> None:
+        self.count = 0
+        self._part = part
+
+    def __iter__(self) -> Iterator[tuple[int, bytes | Record]]:
+        start, end = self._part["start"], self._part["end"]
+        if end < 0:
+            yield from raw_lines(self._part["path"])
+            return
+        with open(self._part["path"], "rb") as source:
+            if start:
+                source.seek(start - 1)
+                source.readline()
+            while source.tell() < end and (raw := source.readline()):
+                self.count += 1
+                if self.count == 1 and not start:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield self.count, raw.rstrip(b"\r\n")

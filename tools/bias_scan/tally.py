@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,11 @@ class Tally:
         for group, rows in other.samples.items():
             for entry in rows:
                 self._keep(self.samples.setdefault(group, []), entry)
+
+    def renumber(self, before: int) -> None:
+        """Add to the line numbers of the sampled rows."""
+        for rows in self.samples.values():
+            rows[:] = [(key, replace(row, line=row.line + before)) for key, row in rows]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the matcher, of which every process has its own."""
