@@ -276,13 +276,14 @@ def _layout(walk: Any) -> str:
             add(element.text)
         else:
             verbatim -= tag == "pre"
-            pieces.append("\t" if tag in ("td", "th") else gap if tag not in _DROPPED else "")
+            pieces.append(
+                "\t" if tag in ("td", "th") else gap if gap == "\n\n" and tag not in _DROPPED else ""
+            )
             add(element.tail)
-    text = "".join(pieces)
-    text = re.sub(r"[ \t]*\n[ \t]*(?:\n[ \t]*)+", "\n\n", text)
+    text = re.sub(r"[ \t]*\n(?:[ \t]*\n)+", "\n\n", "".join(pieces))
     return "\n".join(
-        line.strip(" ") if not line.startswith("    ") else line for line in text.split("\n")
-    ).strip()
+        line.rstrip() if line[:2].isspace() else line.strip() for line in text.split("\n")
+    ).strip("\n")
 
 
 def pdf_text(data: bytes) -> str:

@@ -88,6 +88,9 @@ def _walk(
             )
             continue
         if path.is_dir():
+            if path.is_symlink() and base.resolve().is_relative_to(path.resolve()):
+                found.leave(shown, "link to a folder above")
+                continue
             key = (status.st_dev, status.st_ino)
             if key in seen:
                 found.leave(shown, "folder met before (a link)")

@@ -119,11 +119,13 @@ def without(text: str, words: Tokens, spans: Sequence[tuple[int, int]]) -> str:
     Args:
         words: of this text alone.
     """
-    pieces, last = [], 0
+    made, last = "", 0
     for first, end in spans:
         start = int(words.start[first])
         stop = int(words.start[end]) if end < len(words.start) else len(text)
-        gap = text[start:stop]
-        pieces += [text[last:start], "\n\n" if "\n\n" in gap else "\n" if "\n" in gap else ""]
+        made += text[last:start]
+        kept, cut = made.rstrip(), text[start:stop]
+        space = made[len(kept) :] + cut[len(cut.rstrip()) :]
+        made = kept + ("\n\n" if "\n\n" in space else "\n" if "\n" in space else space[:1])
         last = stop
-    return "".join([*pieces, text[last:]]).strip()
+    return (made + text[last:]).strip()
