@@ -15,7 +15,14 @@ from tuneutils.tools.bias_scan.models import consistency, fairness
 from tuneutils.tools.bias_scan.models.estimates import Measure, Settings
 from tuneutils.tools.bias_scan.models.labels import labelled
 from tuneutils.tools.bias_scan.models.params import PredictionParams
-from tuneutils.tools.bias_scan.models.verdict import check_above, check_fall, check_fall_names, scores, table
+from tuneutils.tools.bias_scan.models.verdict import (
+    check_above,
+    check_fall,
+    check_fall_names,
+    open_report,
+    scores,
+    table,
+)
 from tuneutils.tools.bias_scan.report import make_report, scores_of, write_report
 
 TESTS = (fairness.TEST, consistency.NAME)
@@ -43,8 +50,11 @@ def scan_predictions(run: Run[PredictionParams]) -> dict[str, Any]:
     streams = labelled(run.inputs, params.baseline)
     gates = parse_gates(params.fail_above)
     check_fall_names(params.require_fall, params.baseline, TESTS)
-    inputs = [describe_input("predictions", path) for _, path in streams]
-    with run.artifact("report", inputs) as art:
+    labels = [label for label, _ in streams]
+    several = len(streams) > 1
+    inputs = [describe_input(f"predictions:{n}" if several else "predictions", p) for n, p in streams]
+    art = open_report(run, inputs, gates, labels)
+    with art:
         rows = {label: _read(run, art, label, path) for label, path in streams}
         if params.baseline is not None:
             _check_same(rows, params.baseline)
@@ -58,7 +68,6 @@ def scan_predictions(run: Run[PredictionParams]) -> dict[str, Any]:
         found = scores_of(report)
         art.metrics = {s.name: s.value for s in found}
     run.log.info("%s", table(found, whole=len(found) > 60))
-    labels = list(rows)
     check_above(gates, found, labels)
     check_fall(params.require_fall, found, labels)
     return {"output": run.output, "metrics": art.metrics}

@@ -22,7 +22,14 @@ from tuneutils.tools.bias_scan.models import load as loading
 from tuneutils.tools.bias_scan.models.estimates import Measure, Settings
 from tuneutils.tools.bias_scan.models.labels import labelled
 from tuneutils.tools.bias_scan.models.params import TESTS, ModelParams
-from tuneutils.tools.bias_scan.models.verdict import check_above, check_fall, check_fall_names, scores, table
+from tuneutils.tools.bias_scan.models.verdict import (
+    check_above,
+    check_fall,
+    check_fall_names,
+    open_report,
+    scores,
+    table,
+)
 from tuneutils.tools.bias_scan.report import make_report, scores_of, write_report
 
 BUILTIN = "builtin"
@@ -56,9 +63,11 @@ def scan_models(run: Run[ModelParams]) -> dict[str, Any]:
     gates = parse_gates(params.fail_above)
     check_fall_names(params.require_fall, params.baseline, list(asked))
     kinds = [_kind(run, path, list(asked)) for _, path in models]
-    inputs = [_model_input(path, kind) for (_, path), kind in zip(models, kinds, strict=True)]
+    labels = [label for label, _ in models]
+    inputs = [_model_input(model, kind, len(models) > 1) for model, kind in zip(models, kinds, strict=True)]
     inputs += [describe_input(test, path) for test, path in asked.items() if path != BUILTIN]
-    with run.artifact("report", inputs) as art:
+    art = open_report(run, inputs, gates, labels)
+    with art:
         sets = [_read(run, art, test, path) for test, path in asked.items()]
         measured, items = _measure(run, models, kinds, sets)
         settings = Settings(run.seed, params.resamples, params.min_items)
@@ -71,7 +80,6 @@ def scan_models(run: Run[ModelParams]) -> dict[str, Any]:
         found = scores_of(report)
         art.metrics = {s.name: s.value for s in found}
     run.log.info("%s", table(found, whole=len(found) > 60))
-    labels = [label for label, _ in models]
     check_above(gates, found, labels)
     check_fall(params.require_fall, found, labels)
     return {"output": run.output, "metrics": art.metrics}
@@ -108,8 +116,11 @@ def _kind(run: Run[ModelParams], path: str, tests: Sequence[str]) -> str:
     return kind
 
 
-def _model_input(path: str, kind: str) -> Input:
-    return describe_input("model", path) if kind == "vectors" else model_input(path)
+def _model_input(model: tuple[str, str], kind: str, several: bool) -> Input:
+    """Labels are in the report, so another label is another input."""
+    label, path = model
+    role = f"model:{label}" if several else "model"
+    return describe_input(role, path) if kind == "vectors" else model_input(path, role)
 
 
 def _read(run: Run[ModelParams], art: Artifact, test: str, path: str) -> TestSet:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tuneutils.shared.errors import ExitCode, GateFailed, ToolError, nearest
+from tuneutils.shared.artifact import Artifact, Input
+from tuneutils.shared.command import Run
+from tuneutils.shared.errors import ExitCode, GateFailed, ToolError, UpToDate, nearest
 from tuneutils.tools.bias_scan.models.estimates import Measure, Settings, differences, estimate
-from tuneutils.tools.bias_scan.report import CAVEAT, Score, shown
+from tuneutils.tools.bias_scan.report import CAVEAT, Score, read_report, scores_of, shown
 
 #: The ending of a metric that says by how much bias changed.
 CHANGE = "-bias-change"
@@ -32,6 +35,24 @@ def scores(
             if m.key in base and m.formula == base[m.key].formula:
                 made += differences(m, base[m.key], settings, label, baseline)
     return made
+
+
+def open_report(
+    run: Run[Any], inputs: Sequence[Input], limits: Mapping[str, float], labels: Sequence[str]
+) -> Artifact:
+    """The report to be written. One that is up to date still has its gates asked.
+
+    Raises:
+        UpToDate: it is there and passes.
+        GateFailed: it is there and does not.
+    """
+    try:
+        return run.artifact("report", inputs)
+    except UpToDate:
+        found = scores_of(read_report(str(run.output)))
+        check_above(limits, found, labels)
+        check_fall(run.params.require_fall, found, labels)
+        raise
 
 
 def check_fall_names(required: Sequence[str], baseline: str | None, tests: Sequence[str]) -> None:

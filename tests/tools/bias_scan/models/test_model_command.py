@@ -82,6 +82,8 @@ def test_gates(workdir: Path, click_cli: Cli, tiny_model: Path, crows: Path) -> 
     assert done.code == 1
     assert "crows-pairs.b.sum-logprob-bias-change: 0 [0, 0], not below zero" in done.error
     assert report()["rows"]
+    again = click_cli(*args, "--baseline", "a", "--require-fall", "crows-pairs.sum-logprob", "-o", "r")
+    assert (again.code, again.error) == (1, done.error), "a report that is up to date has its gates asked"
     done = click_cli(*args, "--fail-above", "crows-pairs.sum-logprob=-1", "-o", "s")
     assert done.code == 1
     assert "is above -1" in done.error
