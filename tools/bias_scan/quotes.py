@@ -17,17 +17,15 @@ def leaning_words(scores: Scores, count: int) -> list[Table]:
     """For each pair the words that lean most to either side, with their counts."""
     tables: list[Table] = []
     for name, pair in scores.pairs.items():
-        ratios, near = scores.ratios[name], pair.near.sum(axis=0)
-        asked = np.flatnonzero(np.isfinite(ratios))
-        if not len(asked):
+        if not len(pair.words):
             continue
-        order = asked[np.argsort(-ratios[asked], kind="stable")]
+        order = np.argsort(-pair.ratios, kind="stable")
         picked = order if len(order) <= 2 * count else np.concatenate([order[:count], order[-count:]])
-        mutual = npmi(near, near.sum(axis=1))
+        mutual = npmi(pair.near, pair.totals)
         first, second = name.split(".", 1)[1].split(":")
         rows = [
-            [scores.words[i].decode("utf-8", "replace"), *map(float, (ratios[i], *near[:, i], *mutual[:, i]))]
-            for i in picked
+            [_word(scores, pair.words[i]), *map(float, (pair.ratios[i], *pair.near[:, i], *mutual[:, i]))]
+            for i in picked.tolist()
         ]
         columns = ["word", "ln ratio", f"near {first}", f"near {second}", f"nPMI {first}", f"nPMI {second}"]
         tables.append({"title": f"{name}: words that lean", "columns": columns, "rows": rows})
@@ -56,11 +54,9 @@ def worst_rows(scores: Scores, tally: Tally, count: int) -> list[Table]:
     if not count:
         return made
     for name, pair in scores.pairs.items():
-        ratios = scores.ratios[name]
         axis, label = name.split(".", 1)
-        asked = np.flatnonzero(np.isfinite(ratios)).tolist()
         for side, members, sign in zip(label.split(":"), (pair.first, pair.second), (1.0, -1.0)):
-            leans = {scores.words[i]: sign * float(ratios[i]) for i in asked}
+            leans = {scores.words[i]: sign * r for i, r in zip(pair.words.tolist(), pair.ratios.tolist())}
             found = _ranked(tally, members[0], leans)[:count] if len(members) == 1 else []
             if found:
                 made.append({"title": f"{axis}, {side} ({name})", "rows": found})
@@ -86,6 +82,10 @@ def _ranked(tally: Tally, group: int, leans: dict[bytes, float]) -> list[dict[st
         {"place": f"{'<stdin>' if r.path == '-' else r.path}:{r.line}", "text": _short(r.text), "note": note}
         for _, r, note in sorted(found, key=lambda f: f[:2])
     ]
+
+
+def _word(scores: Scores, number: int) -> str:
+    return scores.words[number].decode("utf-8", "replace")
 
 
 def _short(text: str) -> str:

@@ -36,17 +36,19 @@ CHANCE_DRAWS = 200
 
 @dataclass(frozen=True)
 class Pair:
-    """Two groups of an axis, or one and the rest of its axis.
+    """Two groups of an axis, or one and the rest of its axis, and the words that their scores ask about.
 
     Attributes:
-        near: ``(SHARDS, 2, words)``.
-        mentions: ``(SHARDS, 2)``.
+        words: ``(k,)`` indices of the words asked about.
+        ratios: ``(k,)`` their log-ratios.
+        near: ``(2, k)`` their counts near each side; ``totals``: ``(2,)`` those of all words.
         first, second: group numbers of the sides.
     """
 
-    name: str
+    words: NDArray[np.int64]
+    ratios: Floats
     near: Floats
-    mentions: Floats
+    totals: Floats
     first: tuple[int, ...]
     second: tuple[int, ...]
 
@@ -56,7 +58,7 @@ class Scores:
 
     Attributes:
         words: the words of all shards, sorted.
-        ratios: ``axis.pair`` → ``(words,)`` log-ratios, NaN where the score did not ask.
+        pairs: ``axis.pair`` → what its scores ask about.
     """
 
     def __init__(self, tally: Tally, targets: Mapping[int, Floats], minimum: int, seed: int) -> None:
@@ -72,7 +74,6 @@ class Scores:
         self._neutral: dict[int, NDArray[np.bool_]] = {}
         self._of_axis: dict[int, Floats] = {}
         self.pairs: dict[str, Pair] = {}
-        self.ratios: dict[str, Floats] = {}
         self.members = [np.flatnonzero(tally.matcher.group_axis == a) for a in range(len(tally.matcher.axes))]
 
     def all(self) -> list[Score]:
@@ -144,10 +145,7 @@ class Scores:
             }
             found: dict[str, Found] = {}
             if n >= self._minimum:
-                near = self._both(axis, first, second)
-                pair = Pair(name, near, np.stack(mentions, axis=1), first, second)
-                self.pairs[f"{self._tally.matcher.axes[axis]}.{name}"] = pair
-                found = self._associate(axis, pair)
+                found = self._associate(axis, name, first, second, np.stack(mentions, axis=1))
             for metric, formula in formulas.items():
                 value, bounds, extra = found.get(metric, (None, (None, None), {}))
                 made.append(self._score(axis, name, metric, formula, n, value, bounds, extra))
@@ -186,12 +184,15 @@ class Scores:
             self._of_axis = {axis: self._near(tuple(self.members[axis].tolist()))}
         return np.stack([near, self._of_axis[axis] - near], axis=1)
 
-    def _associate(self, axis: int, pair: Pair) -> dict[str, Found]:
+    def _associate(
+        self, axis: int, name: str, first: tuple[int, ...], second: tuple[int, ...], mentions: Floats
+    ) -> dict[str, Found]:
         vocabulary, tokens = len(self.words), self._tally.tokens
-        here = pair.near.any(axis=(0, 1))
+        near = self._both(axis, first, second)
+        here = near.any(axis=(0, 1))
         neutral = self.neutral(axis)[here]
         # One array a shard for the jackknife: counts of words, and in the last column the mentions.
-        shards = np.concatenate([pair.near[:, :, here], pair.mentions[:, :, None]], axis=2)
+        shards = np.concatenate([near[:, :, here], mentions[:, :, None]], axis=2)
 
         def statistic(summed: Floats) -> Floats:
             near, mentions = summed[:, :-1], summed[:, -1]
@@ -203,9 +204,9 @@ class Scores:
         near, mentions = whole[:, :-1], whole[:, -1]
         asked = association.eligible(near.sum(axis=0), neutral)
         near, totals = near[:, asked], near.sum(axis=1)
-        ratios = np.full(vocabulary, np.nan)
-        ratios[np.flatnonzero(here)[asked]] = association.log_ratios(near, mentions, vocabulary)
-        self.ratios[f"{self._tally.matcher.axes[axis]}.{pair.name}"] = ratios
+        ratios = association.log_ratios(near, mentions, vocabulary)
+        pair = Pair(np.flatnonzero(here)[asked], ratios, near, totals, first, second)
+        self.pairs[f"{self._tally.matcher.axes[axis]}.{name}"] = pair
         chance = np.full(3, np.nan)
         if totals.all():
             dealt = association.by_chance(near, totals, self._seed)
