@@ -67,6 +67,7 @@ def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     setting = TRL_SETTINGS[args.settings]
+    micro = min(setting["micro"], args.batch_size)
     frozen, wide = getattr(torch, setting["frozen"]), torch.float32
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     prompts = [json.loads(line)["prompt"] for line in Path(args.prompts).read_text().splitlines()]
@@ -98,8 +99,8 @@ def peer(args: argparse.Namespace, method: str) -> dict[str, float]:
     phases.watch(ppo_trainer)
     config = PPOConfig(
         output_dir=f"{args.work}/trl",
-        per_device_train_batch_size=setting["micro"],
-        gradient_accumulation_steps=args.batch_size // setting["micro"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=args.batch_size // micro,
         local_rollout_forward_batch_size=min(setting["rollout"], args.batch_size),
         num_ppo_epochs=args.epochs,
         num_mini_batches=1,
@@ -179,7 +180,7 @@ def swift(args: argparse.Namespace, method: str) -> dict[str, float]:
         {"messages": [{"role": "user", "content": p}]} for p in prompts[: args.batch_size * args.updates]
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    memory, phases, micro = Memory(), Phases(), 8
+    memory, phases, micro = Memory(), Phases(), min(8, args.batch_size)
     init = swift_trainer.PPOTrainer.__init__
 
     def watched(self: Any, model: Any, ref_model: Any, *given: Any, **named: Any) -> None:
