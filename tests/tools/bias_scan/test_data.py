@@ -241,7 +241,10 @@ def test_ray_gives_the_same(data: Path) -> None:
     done = scan("-q", data, out="one")
     assert done.code == 0, done.stderr
     line = [sys.executable, *tool_args("bias-scan"), "data", "in.jsonl", "-o", "two", "--ray", "local", "-q"]
-    subprocess.run(line, env=environment(), check=True, timeout=300)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=550)
+    if done.returncode == 69:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
     assert Path("one", "report.json").read_bytes() == Path("two", "report.json").read_bytes()
 
 
