@@ -9,7 +9,7 @@ from tuneutils.shared.pii import KINDS
 from tuneutils.tools.corpus_build.names import FAMILIES, QUESTIONS, RULES
 
 HASHES = ("fast", "sha256")
-BUCKETS = ("head", "middle", "tail")
+PERPLEXITY_BUCKETS = ("head", "middle", "tail")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,9 @@ class BuildParams:
         None, help="Model that sorts the texts into three equal buckets of perplexity.", metavar="MODEL"
     )
     perplexity_keep: tuple[str, ...] = option(
-        ("head", "middle"), help="Buckets to keep; head is the likeliest third. Repeatable.", choices=BUCKETS
+        ("head", "middle"),
+        help="Buckets to keep; head is the likeliest third. Repeatable.",
+        choices=PERPLEXITY_BUCKETS,
     )
     heldout: float = option(0.1, help="Share of the documents to hold out, by source file.", min=0, max=0.9)
     train_bytes: int | None = option(

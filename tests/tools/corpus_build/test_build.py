@@ -354,3 +354,25 @@ class TestSteps:
         build("raw", "--executor", "ray", "-o", "two")
         for name in ("train.jsonl", "heldout.jsonl", "dropped.jsonl"):
             assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+
+
+def test_report_tells_words_and_fates(raw: Path) -> None:
+    Path("general.jsonl").write_text(json.dumps({"text": "apples and pears " * 200}) + "\n")
+    for i in range(4):
+        (raw / f"good{i}.txt").write_text(prose(i) + "\nplaintiff " * 9)
+    build("raw", "--general", "general.jsonl", "--no-rule", "gopher-duplicate-lines", "-o", "out")
+    report = json.loads(Path("out/report.json").read_text())
+    assert "plaintiff" in report["domain_words"]
+    assert "apples" not in report["domain_words"]
+    assert "plaintiff" in Path("out/report.md").read_text()
+    fates = dict(line.split(",") for line in Path("out/plots/characters.csv").read_text().splitlines()[1:])
+    assert int(fates["train"]) + int(fates["held out"]) == sum(len(r["text"]) for r in kept())
+
+
+def test_perplexity_buckets(raw: Path, tiny_model: Path) -> None:
+    for i in range(4, 9):
+        (raw / f"good{i}.txt").write_text(prose(i))
+    model = ("--perplexity-model", tiny_model, "--device", "cpu", "--dtype", "float32")
+    build("raw", *model, "--perplexity-keep", "head", "-o", "out")
+    assert len(kept()) == 3
+    assert {d["reason"] for d in records("out/dropped.jsonl")} == {"perplexity middle", "perplexity tail"}
