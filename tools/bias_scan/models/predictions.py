@@ -18,7 +18,7 @@ from tuneutils.tools.bias_scan.models.params import PredictionParams
 from tuneutils.tools.bias_scan.models.verdict import (
     check_above,
     check_fall,
-    check_fall_names,
+    check_names,
     open_report,
     scores,
     table,
@@ -49,7 +49,7 @@ def scan_predictions(run: Run[PredictionParams]) -> dict[str, Any]:
     params = run.params
     streams = labelled(run.inputs, params.baseline)
     gates = parse_gates(params.fail_above)
-    check_fall_names(params.require_fall, params.baseline, TESTS)
+    check_names(params.require_fall, gates, params.baseline, TESTS)
     labels = [label for label, _ in streams]
     several = len(streams) > 1
     inputs = [describe_input(f"predictions:{n}" if several else "predictions", p) for n, p in streams]

@@ -25,7 +25,7 @@ from tuneutils.tools.bias_scan.models.params import TESTS, ModelParams
 from tuneutils.tools.bias_scan.models.verdict import (
     check_above,
     check_fall,
-    check_fall_names,
+    check_names,
     open_report,
     scores,
     table,
@@ -61,7 +61,7 @@ def scan_models(run: Run[ModelParams]) -> dict[str, Any]:
     models = labelled(run.inputs, params.baseline)
     asked = _asked(params.set)
     gates = parse_gates(params.fail_above)
-    check_fall_names(params.require_fall, params.baseline, list(asked))
+    check_names(params.require_fall, gates, params.baseline, list(asked))
     kinds = [_kind(run, path, list(asked)) for _, path in models]
     labels = [label for label, _ in models]
     inputs = [_model_input(model, kind, len(models) > 1) for model, kind in zip(models, kinds, strict=True)]

@@ -55,21 +55,24 @@ def open_report(
         raise
 
 
-def check_fall_names(required: Sequence[str], baseline: str | None, tests: Sequence[str]) -> None:
-    """Before any work: ``--require-fall`` needs a baseline, and a test that is measured.
+def check_names(
+    required: Sequence[str], limits: Mapping[str, float], baseline: str | None, tests: Sequence[str]
+) -> None:
+    """Before any work: gates name tests that are measured, and ``--require-fall`` needs a baseline.
 
     Raises:
         ToolError: exit 2.
     """
-    for name in required:
-        if baseline is None:
+    if required and baseline is None:
+        raise ToolError(
+            f"--require-fall {required[0]}: needs --baseline, from which to fall", code=ExitCode.USAGE
+        )
+    given = [("--require-fall", name) for name in required] + [("--fail-above", name) for name in limits]
+    for flag, name in given:
+        test, dot, _ = name.partition(".")
+        if not dot or test not in tests:
             raise ToolError(
-                f"--require-fall {name}: needs --baseline, from which to fall", code=ExitCode.USAGE
-            )
-        test = name.split(".")[0]
-        if "." not in name or test not in tests:
-            raise ToolError(
-                f"--require-fall {name}: must be TEST.SCORE of {', '.join(tests)}{nearest(test, tests)}",
+                f"{flag} {name}: must be TEST.SCORE of {', '.join(tests)}{nearest(test, tests)}",
                 code=ExitCode.USAGE,
             )
 

@@ -151,6 +151,7 @@ def test_consistency_of_a_reward_model(workdir: Path, click_cli: Cli) -> None:
         (("--set", "crows-pairs=CROWS", "--baseline", "m", "--require-fall", "bbq.s-amb"), 2, "must be TEST.SCORE of crows-pairs"),
         (("--set", "stereoset=CROWS"), 65, "crows.jsonl:1: field 'target': must be text"),
         (("--set", "crows-pairs=CROWS", "--fail-above", "x"), 2, "must be AXIS.SCORE=VALUE"),
+        (("--set", "crows-pairs=CROWS", "--fail-above", "bbq.s-amb=0"), 2, "must be TEST.SCORE of crows-pairs"),
     ],
 )  # fmt: skip
 def test_refusals(
