@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tuneutils.tools.bias_scan.matcher import Ints, Mentions
 
-MAX_WORDS = 1 << 15
+MAX_WORDS = 1 << 14
 GROWTH = 1 << 12
 UNKNOWN = -2
 #: Weights are multiples of 2**-20, so that float64 sums of up to 2**33 are exact in whatever order.

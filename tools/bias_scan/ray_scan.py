@@ -49,8 +49,9 @@ def _join(address: str) -> None:
 
     if ray.is_initialized():
         return
+    here: Any = {"_node_ip_address": "127.0.0.1"} if address == "local" else {"address": address}
     try:
-        ray.init(None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        ray.init(log_to_driver=False, include_dashboard=False, **here)
     except Exception as exc:  # Ray raises plain ones
         reason = " ".join(str(exc).split())[:200]
         raise ToolError(f"--ray {address}: no cluster: {reason}", code=ExitCode.UNAVAILABLE) from exc
