@@ -24,6 +24,7 @@ from tuneutils.shared.models import (
     load_tokenizer,
     model_input,
     parameter_counts,
+    stored_format,
 )
 from tuneutils.shared.records import BadRecord, Reader
 from tuneutils.shared.supervise import LEARNABLE, Encoded, encode
@@ -76,9 +77,10 @@ def prune(run: Run[Params]) -> dict[str, Any]:
 
 
 def _load(run: Run[Params], ref: ModelRef, dtype: torch.dtype) -> Any:
-    model = load_base(ref.root, resolve_device(run.device), dtype, None, run.params.trust_remote_code)
-    if getattr(model, "quantization_method", None) is not None:
+    # Some formats are dequantized as they are loaded: only their files tell.
+    if stored_format(ref.root) is not None:
         raise ToolError(f"{ref.given}: is quantized already; prune first, then quantize")
+    model = load_base(ref.root, resolve_device(run.device), dtype, None, run.params.trust_remote_code)
     if ref.kind == "adapter":
         model = load_adapter(model, ref.path).merge_and_unload()
     for name, parameter in model.named_parameters():

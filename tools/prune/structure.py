@@ -12,7 +12,7 @@ from torch import Tensor  # isort: skip
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.importance import Importance, measure_importance
-from tuneutils.shared.layerwise import PARTS, decoder_of, layer_linears
+from tuneutils.shared.layerwise import PARTS, decoder_of, layer_linears, layer_parts
 from tuneutils.shared.logprobs_model import causal_nll
 from tuneutils.shared.narrowing import Shape, influential_layers, make_student
 from tuneutils.tools.prune.params import Params
@@ -25,8 +25,15 @@ def prune_structure(run: Run[Params], model: Any, ids: Tensor) -> tuple[Any, lis
     """The smaller model, and a row for each of the original's layers: what stays of it, and its scores.
 
     All layers keep equally many heads and channels, so that one config describes them.
+
+    Raises:
+        ToolError: the architecture has no such modules; the message names what is missing.
     """
     params = run.params
+    layers = decoder_of(model, params.model).layers
+    if params.method != "layers":
+        for index, layer in enumerate(layers):
+            layer_parts(layer, f"{params.model}: layer {index}")
     text = model.config.get_text_config()
     there = {
         "heads": text.num_key_value_heads,
