@@ -7,9 +7,9 @@
         --textdedup textdedup/bin/python --dsir dsir/bin/python
 
 The first ``--documents`` texts of RECORDS, and of every tenth a version with 1 to 8 % of its words changed.
-All take word 5-grams and threshold .8, on one core, one process each; times are CPU seconds, children included,
-since a busy machine changes them least. Recall: of the pairs whose exact Jaccard similarity is at least .8,
-those that end in one cluster. DSIR: the same half of the documents for the same seed and hash.
+All take word 5-grams and threshold .8, on one core, one process each; times are CPU seconds, children
+included, since a busy machine changes them least. Recall: of the pairs whose exact Jaccard similarity is at
+least .8, those that end in one cluster. DSIR: the same quarter of the documents for the same seed and hash.
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ class TestSteps:
         for workers in ("1", "2"):
             done = invoke(load_tool("corpus-build"), "-q", "--workers", workers, "raw", "-o", f"out{workers}")
             assert done.code == 0, done.stderr
-            files[workers] = {p.name: p.read_bytes() for p in Path(f"out{workers}").iterdir()}
+            files[workers] = {p.name: p.read_bytes() for p in Path(f"out{workers}").rglob("*") if p.is_file()}
         assert files["1"] == files["2"]
 
     def test_ray_makes_the_same(self, raw: Path) -> None:
