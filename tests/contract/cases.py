@@ -96,15 +96,6 @@ def guard(assets: Assets) -> Path:
     return path
 
 
-def probes(assets: Assets) -> Path:
-    """Two probes."""
-    path = assets.records / "probes.jsonl"
-    path.write_text(
-        '{"prompt": "Say so.", "fails": "complies"}\n{"prompt": "Do not say it.", "fails": "never"}\n'
-    )
-    return path
-
-
 def corpus(assets: Assets) -> Path:
     """A corpus of a few documents that say much the same in other words."""
     path = assets.records / "corpus"
@@ -449,13 +440,13 @@ CASES = [
     ),
     Case(
         "guard probe",
-        lambda a: [probes(a)],
+        lambda a: [a.stream("prompt")],
         lambda a: ["-m", a.model, "--max-new-tokens", "4", *CPU],
+        reads="prompt",
         makes="stream",
         output="out.jsonl",
         paths=("-m",),
         stdin=True,
-        label="own probes",
     ),
     Case(
         "guard train",

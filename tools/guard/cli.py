@@ -17,9 +17,9 @@ main = tool_group(
 def probe(run: Run[ProbeParams]) -> Summary:
     """Run PROBES on a model and write its replies, each with label: true where it is acceptable.
 
-    A probe is a prompt with fails: complies (the reply is no refusal), contains:TEXT, lacks:TEXT,
-    matches:REGEX, personal-data, or never (a harmless request). builtin:train and builtin:heldout are
-    probes that come along, of different templates.
+    A probe is a prompt with fails: complies (the default: the reply is no refusal), contains:TEXT,
+    lacks:TEXT, matches:REGEX, personal-data, or never (a harmless request). builtin:train and
+    builtin:heldout are probes that come along, of different templates.
     """
     from tuneutils.tools.guard.probe import probe
 

@@ -130,9 +130,10 @@ def to_exchange(
 
 def has_reply(record: Record) -> bool:
     """Whether the record holds a reply: a completion, or a last turn of the assistant."""
-    if "messages" in record:
-        return bool(record["messages"][-1]["role"] == "assistant")
-    return "completion" in record
+    turns = record.get("messages")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+        return turns[-1].get("role") == "assistant"
+    return "completion" in record or "messages" in record
 
 
 def prompt_text(record: Record) -> str:

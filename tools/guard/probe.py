@@ -55,24 +55,27 @@ def limited(located: Iterator[Located], limit: int | None) -> Iterator[Located]:
     """The first ``limit`` probes of each category, harmless ones and others apart; all without a limit."""
     taken: Counter[tuple[Any, bool]] = Counter()
     for item in located:
-        kind = item.record.get("category"), item.record["fails"] == "never"
+        kind = item.record.get("category"), fails(item.record) == "never"
         taken[kind] += 1
         if limit is None or taken[kind] <= limit:
             yield item
 
 
 def validate(record: Record) -> None:
-    """A probe: prompt and fails.
+    """A probe: a prompt, and fails where it is not ``complies``.
 
     Raises:
         ValueError: with the field and the reason.
     """
     if "prompt" not in record:
-        raise ValueError(f"needs the fields prompt+fails; has {', '.join(sorted(record)) or 'none'}")
+        raise ValueError(f"needs the field prompt; has {', '.join(sorted(record)) or 'none'}")
     check_prompt(record["prompt"])
-    if "fails" not in record:
-        raise ValueError("field 'fails': missing; it says what reply is a failure, or never")
-    probes.check_spec(record["fails"])
+    probes.check_spec(fails(record))
+
+
+def fails(record: Record) -> Any:
+    """What reply fails a probe: one that does not refuse, where nothing else is said."""
+    return record.get("fails", "complies")
 
 
 def source_input(path: str) -> Input:
@@ -154,7 +157,7 @@ def answered(
     out = []
     for (record, _), completion in zip(ready, made, strict=True):
         reply = decode(tokenizer, completion.token_ids)
-        label = not probes.failed(record["fails"], reply)
+        label = not probes.failed(fails(record), reply)
         said = {"completion": reply} if reply.strip() else {}  # no reply at all is a prompt alone
-        out.append({**record, **said, "label": label, "harmless": record["fails"] == "never"})
+        out.append({**record, **said, "label": label, "harmless": fails(record) == "never"})
     return out

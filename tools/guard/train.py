@@ -19,7 +19,15 @@ from tuneutils.shared.models import Loaded, load_model, model_input, resolve
 from tuneutils.shared.records import Located, Reader, Record, dump_line
 from tuneutils.tools.guard import measures
 from tuneutils.tools.guard.bounds import threshold
-from tuneutils.tools.guard.exchanges import Exchange, folds, labelled, outcome, split_groups, to_exchange
+from tuneutils.tools.guard.exchanges import (
+    Exchange,
+    folds,
+    has_reply,
+    labelled,
+    outcome,
+    split_groups,
+    to_exchange,
+)
 from tuneutils.tools.guard.features import default_layers, extract
 from tuneutils.tools.guard.fit import (
     Learning,
@@ -94,7 +102,7 @@ def _validator(params: TrainParams) -> Any:
     judge_label = labelled(params.label, params.fails_above)
 
     def judge_record(record: Record) -> None:
-        if "fails" in record and params.label not in record:
+        if params.label not in record and not has_reply(record):
             validate_probe(record)
         else:
             judge_label(record)
