@@ -55,7 +55,7 @@ def _by_processes(tasks: Tasks, settings: Settings, workers: int) -> Iterator[Pa
 
 def _by_ray(tasks: Tasks, settings: Settings) -> Iterator[Part]:
     """Ray Data over the tasks; the spool beside the output must be a folder that all machines share."""
-    require("ray", "cluster")
+    require("ray", "ray")
     import ray
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
