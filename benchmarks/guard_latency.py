@@ -121,7 +121,8 @@ def main() -> None:
                 if name in runs[kind][0]:
                     row[name] = statistics.median(r[name] for r in runs[kind])
             rows.append(row)
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print("  ".join(shown), flush=True)
     if args.out:
         text = json.dumps({**vars(args), "threads": torch.get_num_threads(), "rows": rows})
         Path(args.out).write_text(text + "\n", encoding="utf-8")
