@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--micro-batch-size", type=int, help="16 of the sampled setting, all of the exact")
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of the sampled setting")
     parser.add_argument("--limit", type=int, default=160, help="held-out prompts")
@@ -69,7 +70,7 @@ def recipe(args: argparse.Namespace, kl_coef: float) -> list[str]:
         "batch-size": args.batch_size,
         "minibatches": 2,
         "ppo-epochs": 2,
-        "micro-batch-size": 16,
+        "micro-batch-size": args.micro_batch_size or (16 if args.setting == "sampled" else args.batch_size),
         "rollout-batch-size": 64,
         "missing-eos": "none",
         "checkpoint-every": 0,
