@@ -145,7 +145,7 @@ def _quantize(model: Any, scheme: str) -> list[tuple[str, int, int]]:
         quantize_(
             model,
             Int8DynamicActivationIntxWeightConfig(
-                weight_dtype=torch.int8 if bits == 8 else torch.int4,
+                weight_dtype=getattr(torch, f"int{bits}"),  # torch.int4 is no name that stubs know
                 weight_granularity=PerAxis(0) if bits == 8 else PerGroup(GROUP),
             ),
         )
