@@ -30,6 +30,7 @@ DTYPES = {
 }  # fmt: skip
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 SHARD_BYTES = 5_000_000_000
+PACKED_CODES = 1 << 18
 
 
 def pack(codes: Tensor, bits: int, *, rows: bool = False) -> Tensor:
@@ -38,7 +39,15 @@ def pack(codes: Tensor, bits: int, *, rows: bool = False) -> Tensor:
     Code ``i`` is stored, with ``2**(bits-1)`` added, in the bits from ``i * bits`` on, low bits first, also
     across words: 32 codes take ``bits`` words.
     """
-    table = (codes.T if rows else codes).to(torch.int64) + (1 << (bits - 1))
+    given = codes.T if rows else codes
+    # A part at a time: eight bytes a code are many times what is stored.
+    parts = given.split(max(1, PACKED_CODES // max(1, given.shape[1])))
+    packed = torch.cat([_pack(part, bits) for part in parts])
+    return (packed.T if rows else packed).contiguous()
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    table = codes.to(torch.int64) + (1 << (bits - 1))
     count = table.shape[1]
     table = torch.nn.functional.pad(table, (0, -count % 32)).view(len(table), -1, 32)
     words = torch.zeros(*table.shape[:2], bits, dtype=torch.int64, device=codes.device)
@@ -48,8 +57,7 @@ def pack(codes: Tensor, bits: int, *, rows: bool = False) -> Tensor:
         if offset + bits > 32:
             words[..., word + 1] |= table[..., i] >> (32 - offset)
     packed = words.flatten(1)[:, : -(-count * bits // 32)]
-    packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
-    return (packed.T if rows else packed).contiguous()
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, count: int, *, rows: bool = False) -> Tensor:

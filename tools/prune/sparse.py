@@ -122,6 +122,7 @@ def sparsegpt(
     w[inputs.products.diagonal() == 0] = 0
     factor = inverse_factor(inputs.products, damping)
     diagonal, lower = factor.diagonal().clone(), factor.T.contiguous()
+    del factor
     steps = diagonal.tolist()
     inner, size = (n - n % (pattern.group or 1) or pattern.group for n in (INNER_BLOCK, BLOCK))
     for start in range(0, len(w), size):

@@ -32,17 +32,18 @@ def gptq(
             so that no index of groups need be stored (the authors' ``--act-order --static-groups``).
         damping: share of the mean of ``diag(H)`` added to it (section 3.3, step 3).
     """
-    work = weight.float().T.contiguous()  # a column of W is a contiguous row
     power = gram.diagonal().clone()
-    work[power == 0] = 0
-    scales = fit(work.T, grid, search=True, importance=power)
-    columns, group_size = len(work), grid.group_size or len(work)
+    weight = weight.float().masked_fill(power == 0, 0)
+    scales = fit(weight, grid, search=True, importance=power)
+    columns, group_size = weight.shape[1], grid.group_size or weight.shape[1]
     order = power.argsort(descending=True, stable=True) if act_order else torch.arange(columns)
-    factor = inverse_factor(gram[order][:, order], damping)
-    work, groups = work[order], (order // group_size).tolist()
+    work, groups = weight.T[order], (order // group_size).tolist()  # a column of W is a contiguous row
+    del weight
+    factor = inverse_factor(gram, damping, order)
     scale, zero = scales.scale.T.contiguous(), scales.zero.T.contiguous()
     steps, zeros, offsets = scale.unbind(), zero.unbind(), (-scale * zero).unbind()
     diagonal, lower = factor.diagonal().tolist(), factor.T.contiguous()
+    del factor
     codes = torch.empty_like(work)
     for start in range(0, columns, LAZY_BLOCK):
         end = min(start + LAZY_BLOCK, columns)
@@ -64,6 +65,6 @@ def gptq(
         if end < columns:
             # Equation 4: the whole block's errors on everything behind it.
             work[end:].addmm_(lower[end:, start:end], errors, alpha=-1)
-    restored = torch.empty_like(codes)
-    restored[order] = codes
-    return restored.T.contiguous().to(torch.int8), scales
+    restored = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
+    restored[order] = codes.to(torch.int8)
+    return restored.T.contiguous(), scales
