@@ -47,7 +47,12 @@ class Workers:
                 self.size, initializer=torch.set_num_threads, initargs=(self._each,)
             )
         futures = [self._pool.submit(call, item) for item in items]
-        done = [future.exception() for future in futures]
+        try:
+            done = [future.exception() for future in futures]
+        except BaseException:  # interrupted: what has not begun must not keep the process alive
+            for future in futures:
+                future.cancel()
+            raise
         failed = next((exc for exc in done if exc is not None), None)
         if failed is not None:
             raise failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -42,6 +43,29 @@ def test_results_are_in_order_and_errors_wait_for_all() -> None:
     with pytest.raises(ToolError, match="item 2"):
         Workers(2).map(call, range(6))
     assert sorted(ended) == list(range(6))
+
+
+def test_an_interrupt_drops_what_has_not_begun() -> None:
+    """SIGTERM and Ctrl-C raise in the main thread, which waits; at exit Python waits for all that is queued."""
+    workers, begun, main = Workers(2), [], threading.get_ident()
+
+    def call(item: int) -> None:
+        begun.append(item)
+        if item == 0:
+            signal.pthread_kill(main, signal.SIGUSR1)
+        time.sleep(0.2)
+
+    def stop(_signum: int, _frame: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(SystemExit):
+            workers.map(call, range(50))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    time.sleep(1)
+    assert len(begun) < 10
 
 
 def test_gradients_are_added_in_the_order_of_the_passes() -> None:
