@@ -348,6 +348,7 @@ class TestSteps:
             files[workers] = {p.name: p.read_bytes() for p in Path(f"out{workers}").rglob("*") if p.is_file()}
         assert files["1"] == files["2"]
 
+    @pytest.mark.slow
     def test_ray_makes_the_same(self, raw: Path) -> None:
         pytest.importorskip("ray")
         build("raw", "-o", "one")
