@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,11 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tuneutils.shared import ngrams, pii
+from tuneutils.shared import ngrams
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.logprobs_model import unwrap
 from tuneutils.shared.manifest import MANIFEST, load_manifest
 from tuneutils.shared.models import Loaded, model_input
+from tuneutils.shared.pii import Masker as Masker  # a guarded reply is masked as it streams
 from tuneutils.shared.sample import OnToken
 
 SETTINGS = "guard.json"
@@ -442,42 +442,3 @@ def save_guard(guard: Guard, folder: Path) -> None:
         "text.weight": torch.from_numpy(guard.text).contiguous(),
     }
     save_file(tensors, str(folder / WEIGHTS))
-
-
-#: What stands at the end of a text and could yet grow into personal data.
-_UNFINISHED = re.compile(
-    r"(?:[A-Z]{1,2}\d{0,2}(?:[ -]?[A-Z0-9]){0,30} ?|[+(]?[\d(][\d ()./-]{0,40}|[+(]|[\w.+%-]+(?:@[\w.-]*)?)\Z"
-)
-
-
-class Masker:
-    """Masks personal data in a text that comes in pieces, holding back what could still grow into some."""
-
-    def __init__(self, kinds: Sequence[str] = pii.KINDS) -> None:
-        self._kinds = kinds
-        self._text = ""
-        self._given = 0
-
-    def feed(self, piece: str) -> str:
-        """Take a piece; gives the masked text that is now final."""
-        self._text += piece
-        unfinished = _UNFINISHED.search(self._text, max(self._given, len(self._text) - 100))
-        return self._give(unfinished.start() if unfinished else len(self._text))
-
-    def finish(self) -> str:
-        """What was held back, masked."""
-        return self._give(len(self._text))
-
-    def _give(self, end: int) -> str:
-        spans = [s for s in pii.find(self._text, self._kinds) if s.end > self._given]
-        for span in spans:
-            if span.start < end < span.end:
-                end = span.start
-        made, done = [], self._given
-        for span in spans:
-            if self._given <= span.start and span.end <= end:
-                made += [self._text[done : span.start], f"[{span.kind.upper()}]"]
-                done = span.end
-        made.append(self._text[done:end])
-        self._given = max(end, self._given)
-        return "".join(made)

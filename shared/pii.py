@@ -180,3 +180,42 @@ def _lines(text: str) -> Iterator[tuple[int, int]]:
             end = text.find("\n", match.end())
             end = len(text) if end < 0 else end
             yield start, end
+
+
+#: What stands at the end of a text and could yet grow into personal data.
+_UNFINISHED = re.compile(
+    r"(?:[A-Z]{1,2}\d{0,2}(?:[ -]?[A-Z0-9]){0,30} ?|[+(]?[\d(][\d ()./-]{0,40}|[+(]|[\w.+%-]+(?:@[\w.-]*)?)\Z"
+)
+
+
+class Masker:
+    """Masks personal data in a text that comes in pieces, holding back what could still grow into some."""
+
+    def __init__(self, kinds: Sequence[str] = KINDS) -> None:
+        self._kinds = kinds
+        self._text = ""
+        self._given = 0
+
+    def feed(self, piece: str) -> str:
+        """Take a piece; gives the masked text that is now final."""
+        self._text += piece
+        unfinished = _UNFINISHED.search(self._text, max(self._given, len(self._text) - 100))
+        return self._give(unfinished.start() if unfinished else len(self._text))
+
+    def finish(self) -> str:
+        """What was held back, masked."""
+        return self._give(len(self._text))
+
+    def _give(self, end: int) -> str:
+        spans = [s for s in find(self._text, self._kinds) if s.end > self._given]
+        for span in spans:
+            if span.start < end < span.end:
+                end = span.start
+        made, done = [], self._given
+        for span in spans:
+            if self._given <= span.start and span.end <= end:
+                made += [self._text[done : span.start], f"[{span.kind.upper()}]"]
+                done = span.end
+        made.append(self._text[done:end])
+        self._given = max(end, self._given)
+        return "".join(made)

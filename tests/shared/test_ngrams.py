@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuneutils.shared import ngrams
@@ -37,6 +37,7 @@ def test_case_and_white_space_do_not_matter_fields_do() -> None:
     np.testing.assert_allclose(both, dense({"prompt": "how"}) + dense({"reply": "now"}))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["prompt", "reply"]), st.text(max_size=60)))
 def test_each_field_has_length_one(fields: dict[str, str]) -> None:
     indices, values = ngrams.features(fields, 1 << 30)

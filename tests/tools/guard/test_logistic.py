@@ -110,6 +110,7 @@ def test_sparse_rows_are_the_dense_ones() -> None:
     np.testing.assert_allclose(a.weights, b.weights, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
 def test_auc_is_the_share_of_pairs_in_order(items: list[tuple[int, bool]]) -> None:
     scores, targets = np.array([i[0] for i in items]), np.array([i[1] for i in items])
