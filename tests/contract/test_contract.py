@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -321,6 +322,8 @@ class TestStream:
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
         assert process.stdout is not None
         assert process.stderr is not None
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # a short output would fit in the pipe, and end before head does
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
         assert json.loads(process.stdout.readline())
         process.stdout.close()
         assert process.wait(60) == 141

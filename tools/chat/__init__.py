@@ -1,1 +1,1 @@
-"""evaluate: talk to any artifact, in any of its languages, guarded or not"""
+"""evaluate: talk to any artifact, in any of its languages, guarded or not."""

@@ -319,7 +319,8 @@ def test_an_unknown_architecture_asks_for_target_modules(input_ids: Any) -> None
     expected = base(input_ids).logits
     model = get_peft_model(base, BottleneckConfig(target_modules=["mixer"])).eval()
     assert len(model.base_model.targeted_module_names) == 2
-    assert torch.equal(model(input_ids).logits, expected)
+    # Not bit for bit: the reference scan's products round by where its tensors lie in memory.
+    torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
