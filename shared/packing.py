@@ -41,7 +41,7 @@ def pack(codes: Tensor, bits: int, *, rows: bool = False) -> Tensor:
     """
     given = codes.T if rows else codes
     # A part at a time: eight bytes a code are many times what is stored.
-    parts = given.split(max(1, PACKED_CODES // max(1, given.shape[1])))
+    parts = torch.split(given, max(1, PACKED_CODES // max(1, given.shape[1])))
     packed = torch.cat([_pack(part, bits) for part in parts])
     return (packed.T if rows else packed).contiguous()
 
