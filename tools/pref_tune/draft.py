@@ -44,6 +44,8 @@ PREAMBLE = re.compile(
 TURN = re.compile(r"\n\n(?:Human|Assistant):")
 #: A text of so many words with a smaller share of different 4-grams repeats itself.
 LONG, DISTINCT = 16, 0.5
+#: A revision with a larger share of 4-grams out of the critique repeats it.
+REPEATED = 1 / 3
 
 Messages = list[dict[str, Any]]
 
@@ -290,7 +292,7 @@ def settled(row: Row, text: str, ended: bool, params: ConstitutionParams) -> tup
     principle = row.principles[-1]
     if why is None and normal(text) == normal(row.draft):
         why = "revision equals the draft"
-    if why is None and normal(text) == normal(row.critiques[-1]):
+    if why is None and repeated(text, row.critiques[-1]) > REPEATED:
         why = "revision repeats the critique"
     if why is None and any(normal(r) in normal(text) for r in (principle.critique(), principle.revision())):
         why = "revision repeats the request"
@@ -307,6 +309,14 @@ def _unfit(what: str, text: str, ended: bool, params: ConstitutionParams) -> str
     if what == "revision" and len(words) >= LONG and distinct_n(words, 4) < DISTINCT:
         return "revision repeats itself"
     return None
+
+
+def repeated(text: str, of: str) -> float:
+    """Share of a text's 4-grams of words that are in another; of a shorter text, whether it is the other."""
+    ours, theirs = ([*zip(*(normal(t).split()[i:] for i in range(4)))] for t in (text, of))
+    if not ours:
+        return float(normal(text) == normal(of))
+    return sum(gram in set(theirs) for gram in ours) / len(ours)
 
 
 def normal(text: str) -> str:

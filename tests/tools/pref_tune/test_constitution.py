@@ -11,7 +11,7 @@ import pytest
 from support import Result, invoke, load_tool, tiny_records, write_jsonl
 
 from tuneutils.tools.pref_tune.constitution import Principle, load
-from tuneutils.tools.pref_tune.draft import Row, drawn, messages_of, pair_of, settled
+from tuneutils.tools.pref_tune.draft import Row, drawn, messages_of, pair_of, repeated, settled
 from tuneutils.tools.pref_tune.params import ConstitutionParams
 
 from .conftest import CPU
@@ -38,6 +38,7 @@ class TestRules:
             ("A better", False, "revision unfinished"),
             ("  a DRAFT!", True, "revision equals the draft"),
             ("It is rude", True, "revision repeats the critique"),
+            ("It is rude to you and to me", True, None),
             ("Write it again. A better draft.", True, "revision repeats the request"),
             ("so it goes " * 12, True, "revision repeats itself"),
             ("Here is the revised answer:\nA draft.", True, "revision equals the draft"),
@@ -46,6 +47,11 @@ class TestRules:
     )
     def test_reasons(self, text: str, ended: bool, why: str | None) -> None:
         assert settled(row(), text, ended, PARAMS)[1] == why
+
+    def test_a_critique_said_again_in_other_words(self) -> None:
+        assert repeated("a b c d e", "x a b c d") == 0.5  # one 4-gram of two
+        assert repeated("It is RUDE", "it is rude.") == 1.0
+        assert repeated("a b c", "a b c d") == 0.0
 
     def test_what_is_said_before_a_revision_is_not_part_of_it(self) -> None:
         assert settled(row(), "Here's a kinder version: Good morning.", True, PARAMS) == (
