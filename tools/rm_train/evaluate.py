@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tuneutils.shared import pairs as preferences
+from tuneutils.shared.artifact import Artifact, Input
 from tuneutils.shared.command import Run
-from tuneutils.shared.errors import GateFailed, ToolError
+from tuneutils.shared.errors import GateFailed, ToolError, UpToDate
 from tuneutils.shared.models import model_input, resolve
 from tuneutils.shared.pairs import Source, open_source, read_pairs
 from tuneutils.shared.records import Located, Record, check_messages
@@ -29,7 +32,7 @@ def evaluate(run: Run[EvalParams]) -> dict[str, Any]:
     resolve(params.model)
     source = open_source(run, run.inputs, "records", validate)
     inputs = [*source.inputs, model_input(params.model, "reward-model")]
-    with run.artifact("report", inputs) as art:
+    with _open_report(run, inputs) as art:
         rm = load_reward_model(
             params.model, run.device, run.dtype, trust_remote_code=params.trust_remote_code
         )
@@ -49,11 +52,30 @@ def evaluate(run: Run[EvalParams]) -> dict[str, Any]:
         say(run, report)
         write_report(run, art.dir, report, list(scored.values()))
         art.metrics.update(refused=source.reader.stats.refused, **headline(report))
-    accuracy = report.get("accuracy")
-    if params.min_accuracy is not None and (not accuracy or accuracy["value"] < params.min_accuracy):
-        got = shown(accuracy) if accuracy else "unknown: no record has a preference"
-        raise GateFailed(f"accuracy {got}; --min-accuracy {params.min_accuracy} is not reached")
+    _check_accuracy(params.min_accuracy, report)
     return {"output": run.output, "metrics": art.metrics}
+
+
+def _open_report(run: Run[EvalParams], inputs: Sequence[Input]) -> Artifact:
+    """The report to be written. One that is up to date still has its gate asked.
+
+    Raises:
+        UpToDate: it is there and passes.
+        GateFailed: it is there and does not.
+    """
+    try:
+        return run.artifact("report", inputs)
+    except UpToDate:
+        found = Path(str(run.output)) / "report.json"
+        _check_accuracy(run.params.min_accuracy, json.loads(found.read_text(encoding="utf-8")))
+        raise
+
+
+def _check_accuracy(least: float | None, report: Mapping[str, Any]) -> None:
+    accuracy = report.get("accuracy")
+    if least is not None and (not accuracy or accuracy["value"] < least):
+        got = shown(accuracy) if accuracy else "unknown: no record has a preference"
+        raise GateFailed(f"accuracy {got}; --min-accuracy {least} is not reached")
 
 
 def validate(record: Record) -> None:

@@ -150,6 +150,9 @@ class TestEval:
         done = evaluate(path, "-m", trained, "-o", "out", "--min-accuracy", "0.5")
         assert done.code == 1
         assert "--min-accuracy 0.5 is not reached" in done.error
+        again = evaluate(path, "-m", trained, "-o", "out", "--min-accuracy", "0.5")
+        assert again.code == 1, "a report that is up to date has its gate asked"
+        assert "--min-accuracy 0.5 is not reached" in again.error
         assert report_of(Path("out"))["accuracy"]["value"] < 0.5
         accepted = evaluate(path, "-m", trained, "-o", "other", "--min-accuracy", "0")
         assert accepted.code == 0, accepted.stderr
