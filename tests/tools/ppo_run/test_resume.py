@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support import Result
+from support import Result, forked
 
 from .conftest import contents
 from .setup import build_reward_model
 
-WRITES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 #: Draws from the global generators of Python, NumPy and torch, whose states are then part of a run.
 RANDOM_REWARD = """
 import random, numpy, torch
@@ -26,39 +22,6 @@ def score(prompts, completions):
     noise = random.random() + numpy.random.rand() + torch.rand(()).item()
     return [len(c) / 10 + noise for c in completions]
 """
-
-
-def forked(call: Callable[[], Result], kill_at: int | None = None) -> tuple[int, int]:
-    """Run ``call`` in a fork of this process; gives how it ended and how often it wrote to the file system.
-
-    With ``kill_at`` the process is ended by SIGKILL before that write from Python (an open for writing, a
-    rename, …), so that every state of the disk in between can be reached.
-    """
-    count_file = Path("count").absolute()
-    pid = os.fork()
-    if pid == 0:
-        count = 0
-
-        def hook(event: str, args: tuple[Any, ...]) -> None:
-            nonlocal count
-            opens = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-            if opens or event in WRITES:
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        code = 70
-        try:
-            done = call()
-            code = done.code
-            sys.stderr.write(done.stderr)
-        finally:
-            written = count
-            count_file.write_text(str(written))
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), int(count_file.read_text()) if count_file.exists() else 0
 
 
 def arguments(prompts: Path, heldout: Path, reward: str, method: str) -> list[object]:

@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import Result, run_cli, write_jsonl
+from support import Result, forked, invoke, load_tool, run_cli, write_jsonl
 
 from .conftest import CPU, FAST, QUICK, contents, labelled
 
-SCRIPT = Path(__file__).with_name("killed.py")
 SIGKILL = -9
 CASES = [
     ("dpo", "lora"),
@@ -21,10 +20,10 @@ CASES = [
 ]
 
 
-def run(folder: Path, model: Path, loss: str, method: str, kill_at: int = 0) -> Result:
+def run(model: Path, loss: str, method: str) -> Result:
     args = ("records.jsonl", "-m", model, "-o", "out", "--loss", loss, "--method", method, *QUICK, *CPU)
     every = ("--checkpoint-every", "2", "--gradient-accumulation", "2", "--epochs", "2", *FAST)
-    return run_cli(SCRIPT, "writes", str(kill_at), *map(str, args), *every, cwd=folder)
+    return invoke(load_tool("pref-tune"), *map(str, args), *every)
 
 
 @pytest.mark.parametrize(("loss", "method"), CASES)
@@ -33,9 +32,8 @@ def test_killed_runs_end_in_the_same_bytes(
 ) -> None:
     if loss == "kto":
         write_jsonl(records, labelled())
-    done = run(workdir, tiny_model, loss, method)
-    assert done.code == 0, done.stderr
-    writes = int((workdir / "writes").read_text())
+    code, writes = forked(lambda: run(tiny_model, loss, method))
+    assert code == 0
     expected = contents(workdir / "out")
 
     for name in ("out", ".work"):
@@ -43,10 +41,10 @@ def test_killed_runs_end_in_the_same_bytes(
     chooser = random.Random(loss + method)
     moments = [chooser.randrange(writes // 3, 2 * writes // 3), chooser.randrange(writes // 4, writes // 2)]
     for moment in moments:  # the second one goes on from the first
-        killed = run(workdir, tiny_model, loss, method, moment)
-        assert killed.code == SIGKILL, killed.stderr
+        code, _ = forked(lambda: run(tiny_model, loss, method), kill_at=moment)
+        assert code == SIGKILL
         assert not (workdir / "out").exists()
-    resumed = run(workdir, tiny_model, loss, method)
+    resumed = run(tiny_model, loss, method)
     assert resumed.code == 0, resumed.stderr
     assert "going on from step" in resumed.stderr
     assert contents(workdir / "out") == expected

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Result, environment, tool_args
+from support import Result, forked
 
 from tuneutils.shared.errors import ExitCode
 from tuneutils.shared.training import MarkComplete
@@ -53,22 +50,16 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
 
 def test_a_killed_process_ends_in_the_same_bytes(
-    qat: Callable[..., Result], texts: Path, model: Path, workdir: Path
+    qat: Callable[..., Result], texts: Path, workdir: Path
 ) -> None:
-    args = (texts.name, *COMMON, "--group-size", 16, "--dtype", "float32", "-m", model, "-o", "out")
-    assert qat(texts, *COMMON, output="out").code == 0
+    code, writes = forked(lambda: qat(texts, *COMMON))
+    assert code == 0
     expected = contents("out")
     shutil.rmtree("out")
     shutil.rmtree(".work")
-    command = [sys.executable, *tool_args("qat-tune"), *map(str, args)]
-    process = subprocess.Popen(command, cwd=workdir, env=environment(), stderr=subprocess.DEVNULL)
-    checkpoints = workdir / ".work" / "out" / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob("checkpoint-*/complete")):
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() in (-signal.SIGKILL, 0)
-    assert subprocess.run(command, cwd=workdir, env=environment(), check=False).returncode == 0
-    resumed = contents("out")
-    for made in (resumed, expected):
-        made.pop("artifact.json")  # names the paths as they were given
-    assert resumed == expected
+    code, _ = forked(lambda: qat(texts, *COMMON), kill_at=writes // 2)
+    assert code == -signal.SIGKILL
+    assert not Path("out").exists()
+    resumed = qat(texts, *COMMON)
+    assert "going on from step" in resumed.stderr
+    assert contents("out") == expected

@@ -8,18 +8,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import Result, run_cli
+from support import Result, forked, invoke, load_tool, run_cli
 
 from .conftest import CPU, QUICK, contents
 
-SCRIPT = Path(__file__).with_name("killed.py")
 SIGKILL = -9
 
 
-def run(folder: Path, model: Path, method: str, kill_at: int = 0) -> Result:
+def run(model: Path, method: str) -> Result:
     args = ("records.jsonl", "-m", model, "-o", "out", "--method", method, *QUICK, *CPU)
     every = ("--checkpoint-every", "2", "--gradient-accumulation", "2", "--epochs", "2")
-    return run_cli(SCRIPT, "writes", str(kill_at), *map(str, args), *every, cwd=folder)
+    return invoke(load_tool("rm-train"), *map(str, args), *every)
 
 
 def clean(folder: Path) -> None:
@@ -31,9 +30,8 @@ def clean(folder: Path) -> None:
 def test_killed_runs_end_in_the_same_bytes(
     method: str, tiny_model: Path, records: Path, workdir: Path
 ) -> None:
-    done = run(workdir, tiny_model, method)
-    assert done.code == 0, done.stderr
-    writes = int((workdir / "writes").read_text())
+    code, writes = forked(lambda: run(tiny_model, method))
+    assert code == 0
     expected = contents(workdir / "out")
 
     clean(workdir)
@@ -43,10 +41,10 @@ def test_killed_runs_end_in_the_same_bytes(
         chooser.randrange(writes // 4, writes // 2),
     ]
     for moment in checkpoints:  # the second one goes on from the first
-        killed = run(workdir, tiny_model, method, moment)
-        assert killed.code == SIGKILL, killed.stderr
+        code, _ = forked(lambda: run(tiny_model, method), kill_at=moment)
+        assert code == SIGKILL
         assert not (workdir / "out").exists()
-    resumed = run(workdir, tiny_model, method)
+    resumed = run(tiny_model, method)
     assert resumed.code == 0, resumed.stderr
     assert "going on from step" in resumed.stderr
     assert contents(workdir / "out") == expected
