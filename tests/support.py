@@ -200,6 +200,34 @@ def load_tool(tool: str) -> Any:
     return importlib.import_module(f"tuneutils.tools.{tool.replace('-', '_')}.cli").main
 
 
+def fork(call: Callable[[], int], stdout: int | None = None, stderr: int | None = None) -> int:
+    """Run ``call`` in a fork of this process, which ends with its exit code; gives the process's number.
+
+    Without file descriptors both streams go nowhere.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, 0)
+        os.dup2(nowhere if stdout is None else stdout, 1)
+        os.dup2(nowhere if stderr is None else stderr, 2)
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, m) for n, m in ((0, "r"), (1, "w"), (2, "w")))
+        code = call()
+        sys.stdout.flush()
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def forked(call: Callable[[], Result], kill_at: int | None = None) -> tuple[int, int]:
     """Run ``call`` in a fork of this process; gives how it ended and how often it wrote to the file system.
 

@@ -50,6 +50,7 @@ class Case:
         paths: options of ``args`` whose value is a file or folder that must exist.
         stdin: reads records from stdin without an input.
         same_again: a second run elsewhere gives the same bytes.
+        long: what it makes is as long as what it reads.
         label: tells apart the cases of one tool.
     """
 
@@ -62,6 +63,7 @@ class Case:
     paths: tuple[str, ...] = ()
     stdin: bool = False
     same_again: bool = True
+    long: bool = True
     label: str = ""
 
     @property
@@ -225,6 +227,7 @@ CASES = [
         output="out.jsonl",
         stdin=True,
         paths=("--against",),
+        long=False,
     ),
     Case(
         "cf-augment write",

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import click
 import pytest
-from support import ROOT, Result, environment, invoke, load_tool, tiny_records, tool_args, write_jsonl
+from support import ROOT, Result, fork, invoke, load_tool, tiny_records, write_jsonl
 
 from tuneutils.shared.artifact import load_manifest, verify
 from tuneutils.shared.records import read
@@ -278,13 +277,15 @@ class TestOutput:
     @pytest.mark.parametrize("longest", [0.02, 1.0])
     def test_killed_while_writing(self, case: Case, assets: Assets, workdir: Path, longest: float) -> None:
         """The name holds nothing or something whole, and the next run cleans up and succeeds."""
-        line = [sys.executable, *tool_args(case.tool.split()[0]), *arguments(case, assets), "-q"]
-        process = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
-        while process.poll() is None and not leftovers(workdir):
+        line = [*arguments(case, assets), "-q"]
+        pid = fork(lambda: load_tool(case.tool.split()[0]).main(line))
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and not leftovers(workdir):
             time.sleep(0.002)
-        time.sleep(random.Random(case.id).uniform(0, longest))
-        process.kill()
-        assert process.wait() in (0, -signal.SIGKILL)
+        if not ended[0]:
+            time.sleep(random.Random(case.id).uniform(0, longest))
+            os.kill(pid, signal.SIGKILL)
+            ended = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(ended[1]) in (0, -signal.SIGKILL)
         output = Path(case.output)
         if output.is_dir():
             assert verify(output) == []
@@ -316,15 +317,22 @@ class TestStream:
         assert run(case, assets, "--json", output="-").code == 2
 
     def test_head(self, case: Case, assets: Assets, workdir: Path) -> None:
+        if not case.long:
+            pytest.skip("its output fits in the pipe")
         write_jsonl(Path("many.jsonl"), tiny_records(str(case.reads), 5000))
-        line = [sys.executable, *tool_args(case.tool.split()[0])]
-        line += arguments(case, assets, output="-", inputs=["many.jsonl"])
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-        assert process.stdout is not None
-        assert process.stderr is not None
-        if hasattr(fcntl, "F_SETPIPE_SZ"):  # a short output would fit in the pipe, and end before head does
-            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        assert json.loads(process.stdout.readline())
-        process.stdout.close()
-        assert process.wait(60) == 141
-        assert b"error" not in process.stderr.read()
+        line = arguments(case, assets, output="-", inputs=["many.jsonl"])
+        reading, writing = os.pipe()
+        errors = os.open("errors", os.O_WRONLY | os.O_CREAT)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # the output must not fit in the pipe, and end before head does
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+
+        def call() -> int:
+            os.close(reading)
+            return int(load_tool(case.tool.split()[0]).main(line) or 0)
+
+        pid = fork(call, stdout=writing, stderr=errors)
+        os.close(writing)
+        with os.fdopen(reading, "rb", buffering=0) as stream:
+            assert json.loads(stream.readline())
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 141
+        assert "error" not in Path("errors").read_text()
