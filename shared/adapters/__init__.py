@@ -6,6 +6,15 @@ Heavy: it imports torch and peft, so a tool imports it after its arguments are v
 from __future__ import annotations
 
 from .bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
+from .fusion import FusionConfig, FusionLayer, FusionModel
 from .registry import AdapterError
 
-__all__ = ["AdapterError", "BottleneckConfig", "BottleneckLayer", "BottleneckModel"]
+__all__ = [
+    "AdapterError",
+    "BottleneckConfig",
+    "BottleneckLayer",
+    "BottleneckModel",
+    "FusionConfig",
+    "FusionLayer",
+    "FusionModel",
+]

@@ -1,0 +1,146 @@
+"""From adapter folders to one composed adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuneutils.shared.errors import ExitCode, ToolError
+
+from .config import KEPT, FusionConfig
+
+#: A tensor of an adapter as PEFT saves it: the module's name, and the tensor's own.
+KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?P<part>(?:bottleneck_\w+|lora_[AB])(?:\.[\w.]+)?)$")
+#: The adapter on top of a stack, by itself.
+TOP_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.fusion_top\.(?P<part>.+)$")
+#: Settings under which a LoRA is more than ``scaling · B A`` beside a linear layer.
+OTHER_LORA = (
+    "use_dora", "use_qalora", "alora_invocation_tokens", "velora_config", "monteclora_config", "use_bdlora",
+    "arrow_config", "kasa_config", "layer_replication", "target_parameters", "megatron_config", "lora_bias",
+    "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a composition, as its folder has it.
+
+    Attributes:
+        entry: of `FusionConfig.adapters`.
+        tensors: by the module's name and the tensor's own.
+    """
+
+    entry: dict[str, Any]
+    tensors: dict[tuple[str, str], torch.Tensor]
+
+    @property
+    def modules(self) -> set[str]:
+        return {module for module, _ in self.tensors}
+
+
+def read_part(folder: str | Path, name: str) -> Part:
+    """Read an adapter; of a stack, the one on its top.
+
+    Raises:
+        ToolError: it is neither a bottleneck nor a plain LoRA adapter, or holds other weights besides.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(folder)
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    entry = {"name": name, "peft_type": config.get("peft_type"), "config": config}
+    key = KEY
+    if entry["peft_type"] == "FUSION" and config["kind"] == "stack":
+        entry, key = {**config["adapters"][-1], "name": name}, TOP_KEY
+    if entry["peft_type"] not in KEPT:
+        raise ToolError(
+            f"{folder}: {entry['peft_type']}: only bottleneck and LoRA adapters can be composed",
+            code=ExitCode.USAGE,
+        )
+    _check_plain(folder, entry["config"])
+    kept = {k: entry["config"][k] for k in KEPT[entry["peft_type"]] if k in entry["config"]}
+    tensors = {}
+    for full, tensor in load_file(path / "adapter_model.safetensors").items():
+        if found := key.match(full):
+            tensors[found["module"], found["part"]] = tensor
+        elif key is KEY:
+            raise ToolError(f"{folder}: carries {full}, which cannot be composed", code=ExitCode.USAGE)
+    return Part({**entry, "config": kept}, tensors)
+
+
+def _check_plain(folder: str | Path, config: dict[str, Any]) -> None:
+    used = [name for name in OTHER_LORA if config.get(name)]
+    if config.get("bias", "none") != "none":
+        used.append("bias")
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGED_BASE):
+        used.append("init_lora_weights")
+    if used:
+        raise ToolError(
+            f"{folder}: has {used[0]}, so it is more than what it adds to the stream; it cannot be composed",
+            code=ExitCode.USAGE,
+        )
+
+
+def composed_config(parts: Sequence[Part], kind: str, attention_size: int | None = None) -> FusionConfig:
+    """The configuration that puts these adapters together.
+
+    Raises:
+        ToolError: they adapt different modules, or do not go together (exit 2).
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        if kind != "stack" and (apart := first.modules ^ other.modules):
+            raise ToolError(
+                f"{first.entry['name']} and {other.entry['name']} adapt different modules, such as "
+                f"{min(apart)}; only adapters of the same modules can be fused",
+                code=ExitCode.USAGE,
+            )
+    modules = sorted(set().union(*(part.modules for part in parts)))
+    return FusionConfig(
+        kind=kind,
+        adapters=[part.entry for part in parts],
+        attention_size=attention_size,
+        target_modules="|".join(map(re.escape, modules)),
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_parts(model: Any, parts: Sequence[Part]) -> None:
+    """Put the adapters' weights into a composed PEFT model; in a stack that lacks its last, that one stays.
+
+    Raises:
+        ToolError: weights that the model has no place for, or lacks.
+    """
+    from peft import set_peft_model_state_dict
+
+    config = model.peft_config["default"]
+    state = {}
+    for index, part in enumerate(parts):
+        on_top = config.kind == "stack" and index == len(config.adapters) - 1
+        place = "fusion_top" if on_top else f"fusion_experts.{index}"
+        for (module, name), tensor in part.tensors.items():
+            state[f"base_model.model.{module}.{place}.{name}"] = tensor
+    try:
+        found = set_peft_model_state_dict(model, state)
+    except RuntimeError as exc:
+        raise ToolError(f"the adapters do not fit the model: {' '.join(str(exc).split())[:200]}") from exc
+    lacking = [k for k in found.missing_keys if ".fusion_experts." in k]
+    if lost := [*found.unexpected_keys, *lacking]:
+        raise ToolError(f"the adapters do not fit the model: no match for {lost[0]}")
+
+
+def compose(model: nn.Module, parts: Sequence[Part], kind: str, attention_size: int | None = None) -> Any:
+    """A PEFT model of the base with these adapters composed; mixers are new."""
+    from peft import get_peft_model
+
+    made = get_peft_model(model, composed_config(parts, kind, attention_size))  # type: ignore[arg-type]
+    load_parts(made, parts)
+    return made
