@@ -278,6 +278,18 @@ CASES = [
         stdin=True,
     ),
     Case(
+        "cpt-run",
+        lambda a: [a.stream("text")],
+        lambda a: [
+            *("-m", a.model, "--eval", a.stream("text"), "--general", a.stream("messages")),
+            *("--replay", a.stream("prompt-completion"), "--tokens", "200", "--batch-size", "2"),
+            *CPU,
+        ],
+        reads="text",
+        paths=("-m", "--eval", "--general", "--replay"),
+        stdin=True,
+    ),
+    Case(
         "adapter-merge",
         lambda a: [a.adapters[0]],
         lambda a: ["-m", a.model, *CPU],
