@@ -14,6 +14,7 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.records import Located, Reader, dump_line, format_of
 from tuneutils.shared.supervise import LEARNABLE, Encoded, encode, windows
+from tuneutils.shared.tuning import is_main, world_size
 from tuneutils.tools.lora_tune.params import Params
 
 if TYPE_CHECKING:
@@ -139,13 +140,3 @@ def print_labels(run: Run[Params], examples: Examples, tokenizer: PreTrainedToke
         print(show_labels(encoded, tokenizer, color=color), file=sink)
         print(f"-- {len(encoded)} tokens, {encoded.learnt} learnt", file=sink)
     return {"examples": len(examples.encoded), "tokens": examples.tokens, "learnt_tokens": examples.learnt}
-
-
-def world_size() -> int:
-    """Processes that a launcher started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0

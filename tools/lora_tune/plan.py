@@ -8,7 +8,8 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.methods import apply_method, check_method, learning_rate, quantization
-from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts, resolve
+from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts
+from tuneutils.shared.tuning import base_to_tune
 from tuneutils.tools.lora_tune.params import Params
 
 #: Methods that pass a cache of keys and values, which recomputed layers would extend a second time.
@@ -29,13 +30,7 @@ def check_options(params: Params) -> ModelRef:
             f"--gradient-checkpointing: {params.method} passes a cache, which recomputed layers would extend",
             code=ExitCode.USAGE,
         )
-    base = resolve(params.model)
-    if base.kind == "adapter":
-        raise ToolError(
-            f"{params.model}: is an adapter; merge it into its base first (adapter-merge)",
-            code=ExitCode.USAGE,
-        )
-    return base
+    return base_to_tune(params.model)
 
 
 def plan(run: Run[Params]) -> dict[str, Any]:
