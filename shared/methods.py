@@ -27,6 +27,11 @@ METHODS: dict[str, tuple[str, float, str]] = {
     "houlsby": ("BOTTLENECK", 1e-3, "bottlenecks after attention and MLP (Houlsby et al. 2019)"),
     "pfeiffer": ("BOTTLENECK", 1e-3, "a bottleneck after the MLP (Pfeiffer et al. 2021)"),
     "parallel": ("BOTTLENECK", 1e-3, "a bottleneck beside the MLP (He et al. 2022)"),
+    "mad-x": (
+        "BOTTLENECK",
+        1e-3,
+        "pfeiffer and an invertible adapter: for languages (Pfeiffer et al. 2020)",
+    ),
     "llama-adapter": ("ADAPTION_PROMPT", 5e-3, "gated prompts in attention (Zhang et al. 2023)"),
     "prefix": ("PREFIX_TUNING", 5e-3, "learned keys and values (Li & Liang 2021)"),
     "p-tuning": ("P_TUNING", 1e-3, "a prompt written by a small network (Liu et al. 2021)"),
@@ -228,6 +233,8 @@ def _method_options(params: MethodParams, model_config: Any) -> dict[str, Any]:
     if params.method in ("houlsby", "pfeiffer", "parallel"):
         bottleneck: dict[str, Any] = {"style": params.method, "reduction_factor": params.reduction_factor}
         return bottleneck | ({"target_modules": targets} if params.target_modules else {})
+    if params.method == "mad-x":
+        return {"style": "pfeiffer", "reduction_factor": params.reduction_factor, "invertible": True}
     if params.method == "llama-adapter":
         layers = params.adapter_layers or model_config.num_hidden_layers
         return {"adapter_len": params.virtual_tokens, "adapter_layers": layers}

@@ -17,12 +17,15 @@ class Architecture:
         pfeiffer: the module whose output is the layer's, or the layer's last LayerNorm in post-norm models.
         parallel: the MLP; in post-norm models, the module that adds the MLP's input to its output. None where
             the MLP is not a module.
+        final_norm: the last module before the output embedding, beside the list of layers. None where other
+            modules come between them.
     """
 
     layers: str
     houlsby: tuple[str, ...]
     pfeiffer: str = ""
     parallel: str | None = "mlp"
+    final_norm: str | None = "norm"
 
     def pattern(self, style: str) -> str | None:
         """Regular expression of the full names of the modules that ``style`` wraps, no vision tower's."""
@@ -43,10 +46,11 @@ _BERT = Architecture(
     houlsby=("attention.output.dropout", "output.dropout"),
     pfeiffer="output.LayerNorm",
     parallel="output",
+    final_norm=None,
 )
-_OPT = Architecture("layers", houlsby=("self_attn", "fc2"), parallel=None)
+_OPT = Architecture("layers", houlsby=("self_attn", "fc2"), parallel=None, final_norm="final_layer_norm")
 _OPT_POST_NORM = Architecture(
-    "layers", houlsby=("self_attn", "fc2"), pfeiffer="final_layer_norm", parallel=None
+    "layers", houlsby=("self_attn", "fc2"), pfeiffer="final_layer_norm", parallel=None, final_norm=None
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -55,8 +59,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "olmo2"), _SANDWICH_NORM),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    "gpt2": Architecture("h", houlsby=("attn", "mlp")),
-    "gpt_neox": Architecture("layers", houlsby=("attention", "mlp")),
+    "gpt2": Architecture("h", houlsby=("attn", "mlp"), final_norm="ln_f"),
+    "gpt_neox": Architecture("layers", houlsby=("attention", "mlp"), final_norm="final_layer_norm"),
     "opt": _OPT,
 }
 

@@ -49,6 +49,9 @@ class BottleneckConfig(PeftConfig):
         init_weights: ``zero-up`` (down normal, std 0.02, up zero: the model starts equal to its base),
             ``bert`` (both normal, std 0.02), ``houlsby`` (both normal, std 0.01, cut at two std: Houlsby et
             al., section 3.6), ``mam_adapter`` (down Kaiming-uniform, up zero: He et al.). Biases are zero.
+        invertible: also adapt the embeddings by an invertible adapter, undone before the output embedding
+            (MAD-X, Pfeiffer et al. 2020, section 2.2.2); for language adapters.
+        invertible_size: width inside it. None: a quarter of the embedding's (as published).
         hidden_size: width of the adapted modules' output. None: the model's own ``hidden_size``.
         target_modules: names or a regular expression of the modules to wrap. None: by architecture.
         exclude_modules: names or a regular expression of modules to leave.
@@ -72,6 +75,12 @@ class BottleneckConfig(PeftConfig):
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's output."})
     init_weights: str = field(default="zero-up", metadata={"help": "zero-up, bert, houlsby or mam_adapter."})
+    invertible: bool = field(
+        default=False, metadata={"help": "Also adapt the embeddings, invertibly (MAD-X)."}
+    )
+    invertible_size: int | None = field(
+        default=None, metadata={"help": "Width inside the invertible adapter; None: a quarter."}
+    )
     hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the adapted modules' output; None: the model's."}
     )
@@ -107,6 +116,8 @@ class BottleneckConfig(PeftConfig):
             raise AdapterError(f"reduction_factor is {self.reduction_factor}; give one above 0")
         if self.bottleneck_size is not None and self.bottleneck_size < 1:
             raise AdapterError(f"bottleneck_size is {self.bottleneck_size}; give 1 or more")
+        if self.invertible_size is not None and self.invertible_size < 1:
+            raise AdapterError(f"invertible_size is {self.invertible_size}; give 1 or more")
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
 

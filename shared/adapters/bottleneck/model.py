@@ -11,6 +11,7 @@ from torch import nn
 
 from ..registry import AdapterError
 from .architectures import ARCHITECTURES, find_architecture
+from .invertible import InvertibleEmbedding, embedding_name, final_norm
 from .layer import BottleneckLayer, layer_class, refuse_merge
 
 
@@ -48,6 +49,9 @@ class BottleneckModel(BaseTuner):
                 )
         if peft_config.target_modules is None:
             peft_config.target_modules = _default_targets(peft_config.style, model_config)
+        if peft_config.invertible:
+            final_norm(self.model, model_config)
+            peft_config.target_modules = _with(peft_config.target_modules, embedding_name(self.model))
         return peft_config
 
     def _check_new_adapter_config(self, config: Any) -> None:
@@ -67,7 +71,11 @@ class BottleneckModel(BaseTuner):
             return found
         # PEFT ignores layers_to_transform for a regular expression.
         index = re.search(r"\.(\d+)(?:\.|$)", f".{key}")
-        return index is not None and int(index[1]) in layers
+        return peft_config.invertible if index is None else int(index[1]) in layers
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"(\.bottleneck_\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
 
     def _create_and_replace(
         self,
@@ -80,7 +88,7 @@ class BottleneckModel(BaseTuner):
         parameter_name: str | None = None,  # noqa: ARG002
     ) -> None:
         if not isinstance(target, BottleneckLayer):
-            wrapper = layer_class(peft_config.style, target)(target)
+            wrapper = self._wrap(peft_config, target)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         # Not stored in the config: loading onto a base of another width must fail on the weights' shapes.
@@ -92,6 +100,11 @@ class BottleneckModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             # A further adapter is not trainable until it is made active.
             target.set_requires_grad(adapter_name, False)
+
+    def _wrap(self, peft_config: Any, target: nn.Module) -> BottleneckLayer:
+        if peft_config.invertible and isinstance(target, nn.Embedding):
+            return InvertibleEmbedding(target, final_norm(self.model, self.get_model_config(self.model)))
+        return layer_class(peft_config.style, target)(target)
 
     def _text_config(self) -> Any:
         # The object, as it knows other names of a field (GPT-2: n_embd), which its dictionary does not.
@@ -107,6 +120,13 @@ class BottleneckModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         refuse_merge()
+
+
+def _with(targets: Any, name: str) -> str:
+    """A regular expression of the targets, which is one or names, and one more module."""
+    if not isinstance(targets, str):
+        targets = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(targets)))})"
+    return str(targets) if re.fullmatch(targets, name) else f"{targets}|{re.escape(name)}"
 
 
 def _default_targets(style: str, model_config: dict[str, Any]) -> str:
