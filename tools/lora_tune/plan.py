@@ -7,6 +7,7 @@ from typing import Any
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.fitting import check_patience
 from tuneutils.shared.methods import apply_method, check_method, learning_rate, quantization
 from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts
 from tuneutils.shared.tuning import base_to_tune
@@ -23,8 +24,7 @@ def check_options(params: Params) -> ModelRef:
         ToolError: exit 2, or what ``models.resolve`` raises.
     """
     check_method(params)
-    if params.patience and not (params.heldout and params.eval_every):
-        raise ToolError("--patience needs --heldout and --eval-every", code=ExitCode.USAGE)
+    check_patience(params)
     if params.gradient_checkpointing and params.method in CACHED:
         raise ToolError(
             f"--gradient-checkpointing: {params.method} passes a cache, which recomputed layers would extend",

@@ -26,8 +26,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         base_layer: the module to wrap.
     """
 
-    adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scaling")
-    other_param_names = ("bottleneck_act", "bottleneck_dropout", "bottleneck_factor")
+    adapter_layer_names: tuple[str, ...] = ("bottleneck_down", "bottleneck_up", "bottleneck_scaling")
+    other_param_names: tuple[str, ...] = ("bottleneck_act", "bottleneck_dropout", "bottleneck_factor")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -121,13 +121,7 @@ def load_parts(model: Any, parts: Sequence[Part]) -> None:
     """
     from peft import set_peft_model_state_dict
 
-    config = model.peft_config["default"]
-    state = {}
-    for index, part in enumerate(parts):
-        on_top = config.kind == "stack" and index == len(config.adapters) - 1
-        place = "fusion_top" if on_top else f"fusion_experts.{index}"
-        for (module, name), tensor in part.tensors.items():
-            state[f"base_model.model.{module}.{place}.{name}"] = tensor
+    state = saved_state(model.peft_config["default"], parts)
     try:
         found = set_peft_model_state_dict(model, state)
     except RuntimeError as exc:
@@ -144,3 +138,31 @@ def compose(model: nn.Module, parts: Sequence[Part], kind: str, attention_size: 
     made = get_peft_model(model, composed_config(parts, kind, attention_size))  # type: ignore[arg-type]
     load_parts(made, parts)
     return made
+
+
+def write_parts(
+    folder: Path, parts: Sequence[Part], kind: str, base: str, revision: str | None = None
+) -> None:
+    """Write a composed adapter without its base; only a stack has no parameters of its own.
+
+    Args:
+        base: the base model, as the configuration names it.
+    """
+    from safetensors.torch import save_file
+
+    config = composed_config(parts, kind)
+    config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
+    state = saved_state(config, parts)
+    config.save_pretrained(str(folder))
+    save_file({k: v.contiguous() for k, v in sorted(state.items())}, folder / "adapter_model.safetensors")
+
+
+def saved_state(config: FusionConfig, parts: Sequence[Part]) -> dict[str, torch.Tensor]:
+    """The adapters' tensors under the names that PEFT saves a composed adapter by."""
+    state = {}
+    for index, part in enumerate(parts):
+        on_top = config.kind == "stack" and index == len(config.adapters) - 1
+        place = "fusion_top" if on_top else f"fusion_experts.{index}"
+        for (module, name), tensor in part.tensors.items():
+            state[f"base_model.model.{module}.{place}.{name}"] = tensor
+    return state

@@ -1,4 +1,7 @@
-"""From record streams to encoded examples, with what is too long handled by name and place."""
+"""From record streams to encoded examples, with what is too long handled by name and place.
+
+The run's parameters are those of a tool that tunes: ``max_length``, ``too_long``, ``learn``, ``template``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.records import Located, Reader, dump_line, format_of
 from tuneutils.shared.supervise import LEARNABLE, Encoded, encode, windows
 from tuneutils.shared.tuning import is_main, world_size
-from tuneutils.tools.lora_tune.params import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +51,7 @@ class Examples:
         return sum(e.learnt for e in self.encoded)
 
 
-def open_source(run: Run[Params], paths: Sequence[str], role: str) -> Source:
+def open_source(run: Run[Any], paths: Sequence[str], role: str) -> Source:
     """Hash record streams; stdin, which can be read only once, is read here and hashed by its records."""
     if "-" in paths and world_size() > 1:
         raise ToolError(
@@ -73,7 +75,7 @@ def open_source(run: Run[Params], paths: Sequence[str], role: str) -> Source:
 
 
 def encode_all(
-    run: Run[Params], source: Source, tokenizer: PreTrainedTokenizerBase, context: int | None = None
+    run: Run[Any], source: Source, tokenizer: PreTrainedTokenizerBase, context: int | None = None
 ) -> Examples:
     """Encode every record; one that is too long is treated as ``--too-long`` says.
 
@@ -107,7 +109,7 @@ def encode_all(
     return made
 
 
-def _add(made: Examples, item: Located, encoded: Encoded, params: Params, limit: int) -> None:
+def _add(made: Examples, item: Located, encoded: Encoded, params: Any, limit: int) -> None:
     if len(encoded) <= limit:
         made.encoded.append(encoded)
     elif format_of(item.record) == "text":
@@ -130,8 +132,8 @@ def _add(made: Examples, item: Located, encoded: Encoded, params: Params, limit:
             made.dropped += 1
 
 
-def print_labels(run: Run[Params], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Show the first examples with what is learnt marked; colours only on a terminal."""
+def print_labels(run: Run[Any], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Show the first ``show_labels`` examples with what is learnt marked; colours only on a terminal."""
     from tuneutils.shared.supervise import show_labels
 
     sink = sys.stderr if run.json else sys.stdout
