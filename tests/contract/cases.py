@@ -290,6 +290,14 @@ CASES = [
         stdin=True,
     ),
     Case(
+        "vocab-extend",
+        lambda a: [a.stream("text")],
+        lambda a: ["-m", a.model, "--new-tokens", "20", "--heldout", a.stream("text"), *CPU],
+        reads="text",
+        paths=("-m", "--heldout", "--general"),
+        stdin=True,
+    ),
+    Case(
         "adapter-merge",
         lambda a: [a.adapters[0]],
         lambda a: ["-m", a.model, *CPU],
