@@ -75,6 +75,10 @@ class FusionConfig(PeftConfig):
             raise AdapterError("a stack is made of bottleneck adapters; LoRAs only add up")
         if len(styles := sorted({entry["config"].get("style", "") for entry in self.adapters})) > 1:
             raise AdapterError(f"bottlenecks of styles {' and '.join(styles)}, which sit in different places")
+        if self.kind != "stack" and any(entry["config"].get("invertible") for entry in self.adapters):
+            raise AdapterError(
+                "invertible adapters cannot be fused, as a mix of them has no inverse; stack them"
+            )
         if self.attention_size is not None and self.attention_size < 1:
             raise AdapterError(f"attention_size is {self.attention_size}; give 1 or more")
 

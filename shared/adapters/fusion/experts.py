@@ -14,6 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..bottleneck import BottleneckConfig
+from ..bottleneck.invertible import Coupling
 from ..registry import AdapterError
 
 
@@ -52,11 +53,21 @@ class LoraExpert(nn.Module):
         return cast(torch.Tensor, self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling)
 
 
-Expert = BottleneckExpert | LoraExpert
+class InvertibleExpert(nn.Module):
+    """The invertible adapter of a language at the embedding; see `Coupling`."""
+
+    def __init__(self, config: BottleneckConfig, width: int) -> None:
+        super().__init__()
+        assert config.non_linearity is not None
+        self.bottleneck_coupling = Coupling(width, config.invertible_size, config.non_linearity)
+        self.width = width
 
 
-def make_expert(entry: dict[str, Any], module: nn.Module, key: str, hidden_size: int) -> Expert:
-    """The modules of one adapter at one place, their weights still to be loaded.
+Expert = BottleneckExpert | LoraExpert | InvertibleExpert
+
+
+def make_expert(entry: dict[str, Any], module: nn.Module, key: str, hidden_size: int) -> Expert | None:
+    """The modules of one adapter at one place, their weights still to be loaded; None where it has none.
 
     Args:
         entry: of `FusionConfig.adapters`.
@@ -64,6 +75,9 @@ def make_expert(entry: dict[str, Any], module: nn.Module, key: str, hidden_size:
         hidden_size: width of the stream.
     """
     config = entry["config"]
+    if isinstance(module, nn.Embedding):
+        made = BottleneckConfig(**config)
+        return InvertibleExpert(made, module.embedding_dim) if made.invertible else None
     if entry["peft_type"] == "BOTTLENECK":
         return BottleneckExpert(BottleneckConfig(**config), config.get("hidden_size") or hidden_size)
     in_features, out_features = _get_in_out_features(module)

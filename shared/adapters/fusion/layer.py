@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..bottleneck.invertible import Coupling, InvertibleEmbedding
 from ..bottleneck.layer import (
     BottleneckLayer,
     OutputBottleneck,
@@ -34,8 +35,8 @@ class FusionLayer(BottleneckLayer):
     adapter_layer_names = ("fusion_mixer", "fusion_top")
     other_param_names = ("fusion_experts",)
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, *args: nn.Module) -> None:
+        super().__init__(base_layer, *args)
         self.fusion_experts = nn.ModuleDict()
         self.fusion_mixer = nn.ModuleDict()
         self.fusion_top = nn.ModuleDict()
@@ -45,18 +46,22 @@ class FusionLayer(BottleneckLayer):
     def add_fusion(
         self,
         adapter_name: str,
-        experts: Sequence[nn.Module],
+        experts: Sequence[nn.Module | None],
         mixer: nn.Module | None,
         device: torch.device | None,
     ) -> None:
-        """Add a composition of that name: fused by a mixer, or without one a stack of these adapters."""
-        frozen = experts if mixer is not None else experts[:-1]
-        self.fusion_experts[adapter_name] = nn.ModuleDict({str(i): e for i, e in enumerate(frozen)})
-        self.fusion_experts[adapter_name].requires_grad_(False)
+        """Add a composition of that name: fused by a mixer, or without one a stack of these adapters.
+
+        Args:
+            experts: one for each adapter, in order; None for an adapter that has nothing here.
+        """
+        frozen = {str(i): e for i, e in enumerate(experts) if e is not None}
+        top = None if mixer is not None else frozen.pop(str(len(experts) - 1), None)
+        self.fusion_experts[adapter_name] = nn.ModuleDict(frozen).requires_grad_(False)
         if mixer is not None:
             self.fusion_mixer[adapter_name] = mixer
-        else:
-            self.fusion_top[adapter_name] = experts[-1]
+        elif top is not None:
+            self.fusion_top[adapter_name] = top
         self._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def working_adapters(self) -> list[str]:
@@ -123,6 +128,18 @@ class FusedParallel(FusionLayer, ParallelBottleneck):
             adapted = adapted + self.output_for(step, hidden, u)
         adapted = adapted.to(hidden.dtype)
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
+
+
+class FusedEmbedding(FusionLayer, InvertibleEmbedding):
+    """The couplings of a stack's adapters at the input embedding."""
+
+    def couplings(self) -> list[Coupling]:
+        """The couplings that act, from the lowest adapter to the top."""
+        if self.disable_adapters:
+            return []
+        here = [n for n in self.active_adapters if n in self.fusion_experts]
+        tops = {n: [self.fusion_top[n]] if n in self.fusion_top else [] for n in here}
+        return [cast(Coupling, e.bottleneck_coupling) for n in here for e in [*self._experts(n), *tops[n]]]
 
 
 PLACES: dict[type[BottleneckLayer], type[FusionLayer]] = {

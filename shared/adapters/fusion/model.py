@@ -10,11 +10,12 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..bottleneck import BottleneckModel
+from ..bottleneck.invertible import final_norm
 from ..bottleneck.layer import BottleneckLayer
 from ..registry import AdapterError
 from .config import FusionConfig
 from .experts import make_expert
-from .layer import FusionLayer, fusion_class
+from .layer import FusedEmbedding, FusionLayer, fusion_class
 from .mixers import make_mixer
 
 
@@ -57,17 +58,25 @@ class FusionModel(BottleneckModel):
         parameter_name: str | None = None,  # noqa: ARG002
     ) -> None:
         if not isinstance(target, FusionLayer):
-            wrapper = fusion_class(peft_config, target)(target)
+            wrapper = self._wrap(peft_config, target)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         base = target.get_base_layer()
         hidden_size = self._text_config().hidden_size
         experts = [make_expert(entry, base, current_key, hidden_size) for entry in peft_config.adapters]
-        mixer = make_mixer(peft_config, experts[0].width) if peft_config.kind != "stack" else None
+        mixer = None
+        if peft_config.kind != "stack":
+            assert experts[0] is not None
+            mixer = make_mixer(peft_config, experts[0].width)
         device = next((p.device for p in chain(base.parameters(), parent.parameters())), None)
         target.add_fusion(adapter_name, experts, mixer, device)
         if adapter_name not in self.active_adapters:
             target.set_requires_grad(adapter_name, False)
+
+    def _wrap(self, peft_config: FusionConfig, target: nn.Module) -> BottleneckLayer:
+        if isinstance(target, nn.Embedding):
+            return FusedEmbedding(target, final_norm(self.model, self.get_model_config(self.model)))
+        return fusion_class(peft_config, target)(target)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
