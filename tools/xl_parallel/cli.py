@@ -1,0 +1,60 @@
+"""``xl-parallel COMMAND INPUT... -o OUTPUT``: see README.md."""
+
+from __future__ import annotations
+
+from tuneutils.shared.command import Run, Summary, tool, tool_group
+from tuneutils.tools.xl_parallel.params import AlignParams, EncoderParams, ExtractParams
+
+main = tool_group(
+    "xl-parallel",
+    group="data",
+    help="Make parallel data: extract, align, mine, filter, score, split, code-switch, back-translate.",
+)
+
+
+@tool(
+    "extract", ExtractParams, group="data", inputs="SOURCE", output="record stream", streams=True,
+    stdin=False, uses_model=False, parent=main,
+)  # fmt: skip
+def extract(run: Run[ExtractParams]) -> Summary:
+    """Take the pairs out of files that hold them.
+
+    SOURCE is a gettext catalogue (.po, .mo), TMX, XLIFF, a dictd dictionary, a folder of them, or two files:
+    line-aligned texts (Moses) or subtitles, source side first. Any source of data-import will do, such as
+    'deb:nautilus-data!/usr/share/locale/*/LC_MESSAGES/*.mo'. Messages with plurals give a pair a form.
+    """
+    from tuneutils.tools.xl_parallel.extract import extract
+
+    return extract(run)
+
+
+@tool("encoder", EncoderParams, group="data", inputs="PAIRS", output="encoder", uses_model=False, parent=main)
+def encoder(run: Run[EncoderParams]) -> Summary:
+    """Learn a sentence encoder from PAIRS, in seconds and without a download.
+
+    Both sides' character n-grams and words go into one space by the singular vectors of their
+    cross-covariance. All languages of the source field make one side, all of the target field the other.
+    """
+    from tuneutils.tools.xl_parallel.learn import learn
+
+    return learn(run)
+
+
+@tool(
+    "align", AlignParams, group="data", inputs="DOCUMENT", output="record stream", streams=True, stdin=False,
+    uses_model=False, parent=main,
+)  # fmt: skip
+def align(run: Run[AlignParams]) -> Summary:
+    """Align the sentences of two DOCUMENTs, source and target, one sentence a line.
+
+    Writes a record a bead of one or more sentences of each side, with a score between 0 and 1 and
+    the line numbers; sentences without a counterpart are counted. Blank lines are skipped, and keep
+    their numbers.
+    """
+    from tuneutils.tools.xl_parallel.align import align
+
+    return align(run)
+
+
+if __name__ == "__main__":
+    main()
