@@ -28,7 +28,7 @@ class Coupling(nn.Module):
 
     def __init__(self, width: int, size: int | None = None, non_linearity: str = "relu") -> None:
         super().__init__()
-        self.sizes = (width // 2, width - width // 2)
+        self.sizes = [width // 2, width - width // 2]
         first, second = self.sizes
         size = size or max(1, width // 4)
         self.f_down, self.f_up = nn.Linear(second, size), nn.Linear(size, first)
@@ -42,13 +42,13 @@ class Coupling(nn.Module):
 
     def forward(self, e: torch.Tensor) -> torch.Tensor:
         """``(..., width)`` to ``(..., width)``, in the weights' precision."""
-        e1, e2 = e.to(self.f_down.weight.dtype).split(self.sizes, dim=-1)
+        e1, e2 = torch.split(e.to(self.f_down.weight.dtype), self.sizes, dim=-1)
         o1 = e1 + self._f(e2)
         return torch.cat([o1, e2 + self._g(o1)], dim=-1).to(e.dtype)
 
     def inverse(self, o: torch.Tensor) -> torch.Tensor:
         """What `forward` makes ``o`` from: ``e2 = o2 - G(o1)``, ``e1 = o1 - F(e2)``."""
-        o1, o2 = o.to(self.f_down.weight.dtype).split(self.sizes, dim=-1)
+        o1, o2 = torch.split(o.to(self.f_down.weight.dtype), self.sizes, dim=-1)
         e2 = o2 - self._g(o1)
         return torch.cat([o1 - self._f(e2), e2], dim=-1).to(o.dtype)
 
@@ -69,8 +69,8 @@ class InvertibleEmbedding(BottleneckLayer):
         final_norm: the last module before the output embedding.
     """
 
-    adapter_layer_names = ("bottleneck_coupling",)
-    other_param_names = ()
+    adapter_layer_names: tuple[str, ...] = ("bottleneck_coupling",)
+    other_param_names: tuple[str, ...] = ()
 
     def __init__(self, base_layer: nn.Module, final_norm: nn.Module) -> None:
         super().__init__(base_layer)

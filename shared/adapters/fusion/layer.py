@@ -32,8 +32,8 @@ class FusionLayer(BottleneckLayer):
         recorded: where the weights ``(..., N)`` of each pass go; None for nowhere.
     """
 
-    adapter_layer_names = ("fusion_mixer", "fusion_top")
-    other_param_names = ("fusion_experts",)
+    adapter_layer_names: tuple[str, ...] = ("fusion_mixer", "fusion_top")
+    other_param_names: tuple[str, ...] = ("fusion_experts",)
 
     def __init__(self, base_layer: nn.Module, *args: nn.Module) -> None:
         super().__init__(base_layer, *args)
