@@ -8,7 +8,8 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.methods import apply_method, check_method, learning_rate, quantization
-from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts, resolve
+from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts
+from tuneutils.shared.tuning import base_to_tune
 from tuneutils.tools.cpt_run import units
 from tuneutils.tools.cpt_run.params import Params
 
@@ -45,13 +46,7 @@ def check_options(run: Run[Params], world: int = 1) -> ModelRef:
         units.seconds(params.budget)
     if params.max_forgetting:
         units.share(params.max_forgetting, "--max-forgetting")
-    base = resolve(params.model)
-    if base.kind == "adapter":
-        raise ToolError(
-            f"{params.model}: is an adapter; merge it into its base first (adapter-merge)",
-            code=ExitCode.USAGE,
-        )
-    return base
+    return base_to_tune(params.model)
 
 
 def with_embeddings(model: Any, tokenizer: Any, params: Params) -> Any:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneutils.shared.artifact import Artifact, Input, library_versions
-from tuneutils.shared.checkpoints import last_checkpoint, run_identity
+from tuneutils.shared.artifact import Artifact, Input
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
 from tuneutils.shared.four_bit import keep_4bit_layout
-from tuneutils.shared.methods import learning_rate, quantization, settle_adapter_config
+from tuneutils.shared.methods import learning_rate, quantization
 from tuneutils.shared.models import (
     Loaded,
     ModelRef,
@@ -26,16 +24,26 @@ from tuneutils.shared.models import (
     load_tokenizer,
     model_input,
     parameter_counts,
-    resolve,
+)
+from tuneutils.shared.tuning import (
+    is_main,
+    log_event,
+    peaks,
+    progress_report,
+    resume_point,
+    save_tuned,
+    trainer_config,
+    world_size,
 )
 from tuneutils.tools.cpt_run import report as reports
 from tuneutils.tools.cpt_run import units
+from tuneutils.tools.cpt_run.budget import steps_within
 from tuneutils.tools.cpt_run.documents import Corpus, open_records, read_corpus
 from tuneutils.tools.cpt_run.packing import Mixture, mix
 from tuneutils.tools.cpt_run.params import Params
 from tuneutils.tools.cpt_run.plan import check_options, with_embeddings
 from tuneutils.tools.cpt_run.schedule import rate_factor
-from tuneutils.tools.cpt_run.track import Tracker, bits_per_byte, perplexity, read_texts
+from tuneutils.tools.cpt_run.track import Tracker, bits_per_byte, mixed_precision, perplexity, read_texts
 
 #: What of a time budget is planned; loading, saving and a machine that gets busier take the rest.
 PLANNED = 0.95
@@ -101,7 +109,8 @@ def pretrain(run: Run[Params]) -> dict[str, Any]:
                 100 * corpus.filled(limit),
             )
         seed_everything(run.seed)
-        resume = _resume_point(run, tracker.folder, inputs)
+        with _main_first(resolve_device(run.device).type == "cpu"):
+            resume = resume_point(run, tracker.folder, art)
         loaded = _prepare(run, base, tokenizer)
         setup = Setup(run, art, corpora, tracker, loaded, tracker.folder, started)
         report = _train(setup, resume)
@@ -126,19 +135,6 @@ def _open_artifact(run: Run[Params], inputs: list[Input]) -> Artifact:
         found = Path(str(run.output)) / "report.json"
         reports.check_forgetting(_limit(run.params), json.loads(found.read_text(encoding="utf-8")))
         raise
-
-
-def _resume_point(run: Run[Params], checkpoints: Path, inputs: list[Input]) -> Path | None:
-    """The checkpoint to go on from: only one of a run with the same inputs and parameters."""
-    values = {k: v["value"] for k, v in run.manifest_params().items()}
-    roles = [(i.role, i.sha256) for i in inputs]
-    where = resolve_device(run.device).type
-    identity = run_identity(values, run.seed, roles, library_versions(), world_size(), where)
-    with _main_first(where == "cpu"):
-        found = last_checkpoint(checkpoints, identity)
-    if found is not None:
-        run.log.info("going on from step %s", found.name.split("-")[1])
-    return found
 
 
 def _main_first(cpu: bool) -> Any:
@@ -189,7 +185,6 @@ def _prepare(run: Run[Params], base: ModelRef, tokenizer: Any) -> Loaded:
 def _train(setup: Setup, resume: Path | None) -> reports.Report:
     from tuneutils.shared.adapters.fused_lora import fused
     from tuneutils.shared.training import MarkComplete, StopOnNaN
-    from tuneutils.tools.cpt_run.settings import progress, training_arguments
     from tuneutils.tools.cpt_run.trainer import PackedTrainer, Rows
 
     run, art, loaded = setup.run, setup.art, setup.loaded
@@ -205,7 +200,15 @@ def _train(setup: Setup, resume: Path | None) -> reports.Report:
         warmup = math.ceil(params.warmup * steps)
         trainer = PackedTrainer(
             loaded.model,
-            training_arguments(run, setup.checkpoints, steps, loaded, bool(setup.tracker.texts)),
+            trainer_config(
+                run,
+                setup.checkpoints,
+                loaded.dtype,
+                steps=steps,
+                use_cpu=loaded.device.type == "cpu",
+                eval_strategy="steps" if setup.tracker.texts and params.eval_every else "no",
+                eval_steps=params.eval_every or None,
+            ),
             Rows(setup.corpora, order),
             pad_id=loaded.pad_id,
             packed=params.pack,
@@ -213,28 +216,33 @@ def _train(setup: Setup, resume: Path | None) -> reports.Report:
                 update, steps, schedule=params.schedule, warmup=warmup, final=params.final_rate
             ),
             measure=lambda step: _measure(setup, step),
-            callbacks=[MarkComplete(), StopOnNaN(), progress(run, lambda **e: _log_event(run, art, **e))],
+            callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art)],
         )
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if setup.tracker.texts and steps not in setup.tracker.history:
             trainer.evaluate()
-    _log_event(run, art, event="done", train_s=time.monotonic() - began, resumed=bool(resume), **_peaks())
+    log_event(
+        run,
+        art,
+        event="done",
+        train_s=time.monotonic() - began,
+        resumed=bool(resume),
+        device=str(loaded.device),
+        **peaks(loaded.device.type),
+    )
     _recall(setup, steps)
     return _save(setup, trainer, mixture, steps)
 
 
 def _measure(setup: Setup, step: int) -> dict[str, float]:
     """Measure all texts, and say what was found."""
-    import torch
-
     tracker, seed, loaded = setup.tracker, setup.run.seed, setup.loaded
     if not tracker.texts:
         return {}
     was_training = loaded.model.training
     loaded.model.eval()
-    mixed = setup.run.params.method == "full" and loaded.dtype != torch.float32
-    with torch.autocast(loaded.device.type, loaded.dtype) if mixed else nullcontext():
+    with mixed_precision(loaded):
         found = tracker.measure(step, loaded, writes=is_main())
     loaded.model.train(was_training)
     metrics = {}
@@ -275,88 +283,26 @@ def _plan(setup: Setup) -> Mixture:
     if kept.is_file():
         steps = int(json.loads(kept.read_text(encoding="utf-8"))["steps"])
     else:
-        steps = _steps_within(setup, units.seconds(params.budget))
+        steps = steps_within(
+            run=setup.run,
+            loaded=setup.loaded,
+            corpus=setup.corpora[0],
+            tracker=setup.tracker,
+            left_s=PLANNED * units.seconds(params.budget) - (time.monotonic() - setup.started),
+        )
         kept.write_text(json.dumps({"steps": steps}), encoding="utf-8")
     return ordered(rows=steps * setup.step_rows)
-
-
-def _steps_within(setup: Setup, budget_s: float) -> int:
-    """Steps that fit into what is left of the budget, from the time of two micro-batches and one measurement.
-
-    Raises:
-        ToolError: exit 2, not even one step fits.
-    """
-    import torch
-
-    from tuneutils.tools.cpt_run.trainer import Rows, collate, row_nll
-
-    params, model = setup.run.params, setup.loaded.model
-    rows = Rows(setup.corpora, [(0, i % len(setup.corpora[0].rows)) for i in range(params.batch_size)])
-    batch = collate([rows[i] for i in range(len(rows))], setup.loaded.pad_id)
-    batch = {name: tensor.to(setup.loaded.device) for name, tensor in batch.items()}
-    took = 0.0
-    with torch.random.fork_rng():
-        model.train()
-        for _ in range(2):  # the first one also allocates
-            began = time.monotonic()
-            row_nll(model, batch, params.pack).backward()
-            if setup.loaded.device.type == "cuda":
-                torch.cuda.synchronize()
-            took = time.monotonic() - began
-            model.zero_grad(set_to_none=True)
-    began = time.monotonic()
-    if setup.tracker.texts:
-        name, texts = next(iter(setup.tracker.texts.items()))
-        probe = Tracker({name: texts[:8]}, setup.tracker.max_length, setup.checkpoints / "none")
-        probe.measure(0, setup.loaded, writes=False)
-        share = sum(len(s) for s, _ in texts[:8]) / sum(
-            len(s) for one in setup.tracker.texts.values() for s, _ in one
-        )
-        measuring = (time.monotonic() - began) / share
-    else:
-        measuring = 0.0
-    left = PLANNED * budget_s - (time.monotonic() - setup.started)
-    per_step = params.gradient_accumulation * took
-    steps = int((left - measuring) / per_step)
-    if params.eval_every:
-        steps = int((left - measuring) / (per_step + measuring / params.eval_every))
-    if steps < 1:
-        raise ToolError(
-            f"--budget {params.budget}: a step takes {per_step:.1f} s and a measurement {measuring:.1f} s, "
-            f"of which {max(0.0, left):.1f} s are left after loading; give more, or a smaller --eval-limit",
-            code=ExitCode.USAGE,
-        )
-    setup.run.log.info(
-        "budget %s: %d steps of %.2f s, %.1f s a measurement", params.budget, steps, per_step, measuring
-    )
-    return steps
 
 
 def _save(setup: Setup, trainer: Any, mixture: Mixture, steps: int) -> reports.Report:
     """The trained weights in their ecosystem's format, the log and the report."""
     run, art, params = setup.run, setup.art, setup.run.params
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     facts = _facts(setup, mixture, steps)
     taught = _taught(setup, mixture)
     report = reports.make_report(setup.tracker, facts, taught, run.seed)
+    save_tuned(art, trainer, setup.loaded.tokenizer)
     if not is_main():
         return report
-    model.config.use_cache = True
-    if params.method == "full":
-        model.save_pretrained(art.dir, state_dict=state)
-    else:
-        config = model.peft_config["default"]
-        base = resolve(params.model)
-        config.base_model_name_or_path, config.revision = base.path, base.revision
-        kwargs: dict[str, Any] = {"state_dict": state} if state is not None else {}
-        model.save_pretrained(art.dir, save_embedding_layers=False, **kwargs)
-        settle_adapter_config(art.dir)
-    (art.dir / "README.md").unlink(missing_ok=True)
-    setup.loaded.tokenizer.save_pretrained(art.dir)
-    with open(art.dir / "log.jsonl", "w", encoding="utf-8") as stream:
-        for line in trainer.log_lines():
-            stream.write(json.dumps(line) + "\n")
     reports.write_report(art.dir, report)
     art.extra.update(method=params.method, dtype=dtype_name(setup.loaded.dtype))
     if (scheme := quantization(params)) is not None:
@@ -394,33 +340,3 @@ def _taught(setup: Setup, mixture: Mixture) -> Any:
     for is_replay, row in mixture.rows:
         done.append(done[-1] + sizes[int(is_replay)][row])
     return lambda step: done[min(step * setup.step_rows, len(mixture.rows))]
-
-
-def _peaks() -> dict[str, int]:
-    import resource
-
-    import torch
-
-    made = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        made["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return made
-
-
-def _log_event(run: Run[Params], art: Artifact, **event: Any) -> None:
-    """A line of the run log: what depends on clock and machine belongs here, not in the artifact."""
-    if not is_main():
-        return
-    art.work.mkdir(parents=True, exist_ok=True)
-    with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
-
-
-def world_size() -> int:
-    """Processes that a launcher started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0

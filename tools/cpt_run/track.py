@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ class Tracker:
             with atomic_file(path) as temporary:
                 temporary.write_text(json.dumps(self.history[step]), encoding="utf-8")
         return self.history[step]
+
+
+def mixed_precision(loaded: Any) -> AbstractContextManager[Any]:
+    """What the trainer computes in: autocast to the precision asked for, unless that is float32."""
+    import torch
+
+    if loaded.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(loaded.device.type, loaded.dtype)
 
 
 def read_texts(
