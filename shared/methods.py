@@ -139,17 +139,26 @@ def learning_rate(params: MethodParams) -> float:
     return METHODS[params.method][1] if params.method in METHODS else OTHER_LEARNING_RATE
 
 
-def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: MethodParams, init_text: str) -> Any:
+def apply_method(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    params: MethodParams,
+    init_text: str,
+    under: str | None = None,
+) -> Any:
     """The model with its adapter in place; for ``full``, the model with every weight trainable.
 
     Args:
         init_text: what prefix and prompt start from.
+        under: a bottleneck adapter on which a new one is stacked.
     """
     if params.method == "full":
         return model.requires_grad_(True)
     from peft import get_peft_model
 
     config = peft_config(params, model.config)
+    if under is not None:
+        return _stacked(model, config, under)
     try:
         made = get_peft_model(model, config)
     except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError, RuntimeError) as exc:
@@ -160,6 +169,12 @@ def apply_method(model: Any, tokenizer: PreTrainedTokenizerBase, params: MethodP
     if params.method == "prompt" and "prompt_tuning_init" not in options:
         _prompt_from_text(made, tokenizer, init_text, params.virtual_tokens)
     return made
+
+
+def _stacked(model: Any, config: Any, under: str) -> Any:
+    from tuneutils.shared.adapters.fusion.compose import read_part, stack_on
+
+    return stack_on(model, read_part(under, Path(under).resolve().name), config, "task")
 
 
 def peft_config(params: MethodParams, model_config: Any) -> PeftConfig:

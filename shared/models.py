@@ -143,6 +143,23 @@ def _adapter_base(path: Path, manifest: Manifest) -> ModelRef:
     return base
 
 
+def check_base(adapter: ModelRef, base: ModelRef, whose: str) -> None:
+    """Require that an adapter stands on this base.
+
+    Args:
+        whose: where the other base comes from, for the message.
+
+    Raises:
+        ToolError: exit 65, it stands on another.
+    """
+    ours, theirs = (
+        f"{ref.path}@{ref.revision}" if ref.kind == "hub" else str(Path(ref.path).resolve())
+        for ref in (adapter.root, base.root)
+    )
+    if ours != theirs:
+        raise ToolError(f"{adapter.given}: its base {adapter.root.given} is not {base.root.given}, {whose}")
+
+
 def model_input(given: str, role: str = "model") -> Input:
     """A model as an input of a manifest; a Hub id is identified by the commit it resolves to."""
     ref = resolve(given)

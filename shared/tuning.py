@@ -60,10 +60,14 @@ def prepare_model(
     where: Any,
     *,
     trust_remote_code: bool = False,
+    under: str | None = None,
 ) -> Any:
     """The base in the precision that the method wants, with the method applied.
 
     Full fine-tuning keeps float32 master weights and multiplies in the precision asked for.
+
+    Args:
+        under: a bottleneck adapter on which a new one is stacked.
     """
     import torch
 
@@ -72,7 +76,7 @@ def prepare_model(
     keep_4bit_layout(model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    return apply_method(model, tokenizer, params, init_text)
+    return apply_method(model, tokenizer, params, init_text, under)
 
 
 def trainer_config(

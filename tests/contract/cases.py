@@ -98,6 +98,16 @@ def guard(assets: Assets) -> Path:
     return path
 
 
+def fusion(assets: Assets) -> Path:
+    """A fusion of the two adapters, trained for a moment."""
+    path = assets.records / "fusion"
+    if not path.exists():
+        adapters = [x for a in assets.adapters for x in ("--adapter", a)]
+        args = ("-q", "-m", assets.model, *adapters, "-o", path, assets.stream("text"), *QUICK_FUSE, *CPU)
+        assert invoke(load_tool("adapter-fuse"), "train", *args).code == 0
+    return path
+
+
 def corpus(assets: Assets) -> Path:
     """A corpus of a few documents that say much the same in other words."""
     path = assets.records / "corpus"
@@ -177,6 +187,7 @@ def predictions(assets: Assets) -> Path:
     return path
 
 
+QUICK_FUSE = ("--max-steps", "2", "--batch-size", "2", "--kind", "gate")
 QUICK_RM = ("--max-steps", "2", "--batch-size", "2", "--learning-rate", "0.01")
 
 CASES = [
@@ -292,9 +303,28 @@ CASES = [
     Case(
         "vocab-extend",
         lambda a: [a.stream("text")],
-        lambda a: ["-m", a.model, "--new-tokens", "20", "--heldout", a.stream("text"), *CPU],
+        lambda a: ["-m", a.model, "--new-tokens", "20", "--min-frequency", "1", *CPU],
         reads="text",
         paths=("-m", "--heldout", "--general"),
+        stdin=True,
+    ),
+    Case(
+        "adapter-fuse train",
+        lambda a: [a.stream("text")],
+        lambda a: [
+            *("-m", a.model, "--adapter", a.adapters[0], "--adapter", a.adapters[1]),
+            *("--heldout", a.stream("messages"), *QUICK_FUSE, *CPU),
+        ],
+        reads="text",
+        paths=("-m", "--adapter", "--heldout"),
+        stdin=True,
+    ),
+    Case(
+        "adapter-fuse report",
+        lambda a: [a.stream("text")],
+        lambda a: ["-m", fusion(a), *CPU],
+        reads="text",
+        paths=("-m",),
         stdin=True,
     ),
     Case(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.models import ModelRef, resolve
+from tuneutils.shared.models import ModelRef, check_base, resolve
 
 
 def open_adapters(given: Sequence[str]) -> list[ModelRef]:
@@ -28,27 +28,13 @@ def open_adapters(given: Sequence[str]) -> list[ModelRef]:
             raise ToolError(f"{name}: given twice", code=ExitCode.USAGE)
         refs.append(ref)
     for ref in refs[1:]:
-        same_base(ref, refs[0].root, f"that of {refs[0].given}")
+        check_base(ref, refs[0], f"that of {refs[0].given}")
         if ref.quantization != refs[0].quantization:
             raise ToolError(
                 f"{ref.given}: made on a base stored as {ref.quantization or 'full precision'}, "
                 f"{refs[0].given} as {refs[0].quantization or 'full precision'}"
             )
     return refs
-
-
-def same_base(adapter: ModelRef, base: ModelRef, whose: str) -> None:
-    """Require that an adapter stands on this base.
-
-    Raises:
-        ToolError: exit 65; ``whose`` says where the other base comes from.
-    """
-    if _identity(adapter.root) != _identity(base):
-        raise ToolError(f"{adapter.given}: its base {adapter.root.given} is not {base.given}, {whose}")
-
-
-def _identity(base: ModelRef) -> str:
-    return f"{base.path}@{base.revision}" if base.kind == "hub" else str(Path(base.path).resolve())
 
 
 def names_of(refs: Sequence[ModelRef]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
@@ -11,6 +11,7 @@ from tuneutils.shared.fitting import Fitting, check_patience, fit
 from tuneutils.shared.four_bit import keep_4bit_layout
 from tuneutils.shared.models import (
     ModelRef,
+    check_base,
     context_length,
     load_base,
     load_config,
@@ -20,8 +21,11 @@ from tuneutils.shared.models import (
 )
 from tuneutils.shared.supervise import check_eos
 from tuneutils.shared.tuning import base_to_tune, is_main, save_tuned
-from tuneutils.tools.adapter_fuse.adapters import names_of, open_adapters, same_base
+from tuneutils.tools.adapter_fuse.adapters import names_of, open_adapters
 from tuneutils.tools.adapter_fuse.params import TrainParams
+
+if TYPE_CHECKING:
+    from tuneutils.shared.adapters.fusion.compose import Part
 
 #: A gate has few parameters, each of which moves a whole adapter.
 LEARNING_RATES = {"attention": 1e-4, "gate": 1e-2}
@@ -38,6 +42,7 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         run.quiet = True
         run.log.setLevel("ERROR")
     base, refs = _check(params)
+    parts = _read(refs, params)
     source = open_source(run, run.inputs, "records")
     heldout = open_source(run, [params.heldout], "heldout") if params.heldout else None
     inputs = [
@@ -56,7 +61,7 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         where = resolve_device(run.device)
         dtype = resolve_dtype(run.dtype, where)
         seed_everything(run.seed)
-        model = _fused_model(run, base, refs, where, dtype)
+        model = _fused_model(run, base, refs, parts, where, dtype)
         art.extra.update(method=params.method, adapters=names_of(refs), dtype=dtype_name(dtype))
         if refs[0].quantization:
             art.extra["quantization"] = refs[0].quantization
@@ -78,13 +83,14 @@ def plan(run: Run[TrainParams]) -> dict[str, Any]:
 
     params = run.params
     base, refs = _check(params)
+    parts = _read(refs, params)
     made: dict[str, Any] = {"adapters": names_of(refs), "learning_rate": _learning_rate(params)}
     if base.kind == "gguf":
         return made
     config = load_config(base, trust_remote_code=params.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=params.trust_remote_code)
-        counts = parameter_counts(_composed(model.requires_grad_(False), refs, params))
+        counts = parameter_counts(_composed(model.requires_grad_(False), parts, params))
     return made | {
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
@@ -95,7 +101,7 @@ def _check(params: TrainParams) -> tuple[ModelRef, list[ModelRef]]:
     check_patience(params)
     refs = open_adapters(params.adapter)
     base = base_to_tune(params.model)
-    same_base(refs[0], base, "that of --model")
+    check_base(refs[0], base, "that of --model")
     return base, refs
 
 
@@ -103,22 +109,32 @@ def _learning_rate(params: TrainParams) -> float:
     return LEARNING_RATES[params.kind] if params.learning_rate is None else params.learning_rate
 
 
-def _fused_model(run: Run[TrainParams], base: ModelRef, refs: list[ModelRef], where: Any, dtype: Any) -> Any:
+def _read(refs: list[ModelRef], params: TrainParams) -> list[Part]:
+    """The adapters' weights, found to go together."""
+    from tuneutils.shared.adapters.fusion.compose import composed_config, read_part
+
+    parts = [read_part(ref.path, name) for ref, name in zip(refs, names_of(refs), strict=True)]
+    composed_config(parts, params.kind, params.attention_size)
+    return parts
+
+
+def _fused_model(
+    run: Run[TrainParams], base: ModelRef, refs: list[ModelRef], parts: list[Part], where: Any, dtype: Any
+) -> Any:
     params = run.params
     model = load_base(base, where, dtype, refs[0].quantization, params.trust_remote_code)
     keep_4bit_layout(model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    model = _composed(model, refs, params)
+    model = _composed(model, parts, params)
     if params.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
 
 
-def _composed(model: Any, refs: list[ModelRef], params: TrainParams) -> Any:
-    from tuneutils.shared.adapters.fusion.compose import compose, read_part
+def _composed(model: Any, parts: list[Part], params: TrainParams) -> Any:
+    from tuneutils.shared.adapters.fusion.compose import compose
 
-    parts = [read_part(ref.path, name) for ref, name in zip(refs, names_of(refs), strict=True)]
     return compose(model, parts, params.kind, params.attention_size)
 
 

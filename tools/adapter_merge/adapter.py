@@ -25,6 +25,7 @@ NEVER_MERGED = {
     "CARTRIDGE": "a cartridge feeds keys and values to attention",
     "ADAPTION_PROMPT": "LLaMA-Adapter's gated prompts act beside attention",
     "BOTTLENECK": "bottleneck adapters are not linear",
+    "FUSION": "what composes its adapters depends on the input",
     "XLORA": "X-LoRA's gates depend on the input",
     "POLY": "Poly's routing depends on the task",
 }

@@ -17,6 +17,11 @@ class Params:
     method: str = option(
         "lora", help=f"{', '.join(METHODS)}, or any PEFT method by its name.", metavar="NAME"
     )
+    under: str | None = option(
+        None,
+        help="A bottleneck adapter that the new one is trained on top of, such as a language's (MAD-X).",
+        metavar="ADAPTER",
+    )
     learning_rate: float | None = option(None, help="Peak learning rate; by method if not given.", min=0)
     epochs: float = option(1.0, help="Passes over the records.", min=0)
     max_steps: int | None = option(None, help="Stop after this many optimizer steps instead.", min=1)

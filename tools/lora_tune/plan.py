@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tuneutils.shared.command import Run
@@ -9,12 +10,22 @@ from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.fitting import check_patience
 from tuneutils.shared.methods import apply_method, check_method, learning_rate, quantization
-from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts
+from tuneutils.shared.models import (
+    ModelRef,
+    check_base,
+    load_config,
+    load_tokenizer,
+    parameter_counts,
+    resolve,
+)
 from tuneutils.shared.tuning import base_to_tune
 from tuneutils.tools.lora_tune.params import Params
 
 #: Methods that pass a cache of keys and values, which recomputed layers would extend a second time.
 CACHED = ("prefix", "prefix-tuning", "cartridge")
+
+#: Methods of which one adapter can be trained on top of another.
+BOTTLENECKS = ("houlsby", "pfeiffer", "parallel", "mad-x")
 
 
 def check_options(params: Params) -> ModelRef:
@@ -30,7 +41,26 @@ def check_options(params: Params) -> ModelRef:
             f"--gradient-checkpointing: {params.method} passes a cache, which recomputed layers would extend",
             code=ExitCode.USAGE,
         )
-    return base_to_tune(params.model)
+    base = base_to_tune(params.model)
+    if params.under is not None:
+        _check_under(params, params.under, base)
+    return base
+
+
+def _check_under(params: Params, under: str, base: ModelRef) -> None:
+    if params.method not in BOTTLENECKS:
+        raise ToolError(f"--under goes with --method {', '.join(BOTTLENECKS)}", code=ExitCode.USAGE)
+    if not Path(under).is_dir():
+        raise ToolError(f"--under {under}: no such adapter folder", code=ExitCode.MISSING_INPUT)
+    ref = resolve(under)
+    if ref.kind != "adapter":
+        raise ToolError(f"--under {under}: is a model, no adapter (no adapter_config.json)")
+    check_base(ref, base, "that of --model")
+    if ref.quantization != quantization(params):
+        raise ToolError(
+            f"--under {under}: made on a base stored as {ref.quantization or 'full precision'}; "
+            "give the same --quantization"
+        )
 
 
 def plan(run: Run[Params]) -> dict[str, Any]:
@@ -53,7 +83,7 @@ def plan(run: Run[Params]) -> dict[str, Any]:
         if params.method in ("prefix", "prompt"):
             counts = _prompt_counts(model, params)
         else:
-            counts = parameter_counts(apply_method(model, load_tokenizer(base), bare, "."))
+            counts = parameter_counts(apply_method(model, load_tokenizer(base), bare, ".", params.under))
     return {
         "dtype": dtype_name(dtype),
         "learning_rate": learning_rate(params),

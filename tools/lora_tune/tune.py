@@ -32,6 +32,8 @@ def tune(run: Run[Params]) -> dict[str, Any]:
     source = open_source(run, run.inputs, "records")
     heldout = open_source(run, [params.heldout], "heldout") if params.heldout else None
     inputs = [model_input(params.model), *source.inputs, *(heldout.inputs if heldout else [])]
+    if params.under is not None:
+        inputs.append(model_input(params.under, "under"))
     tokenizer = load_tokenizer(base, trust_remote_code=params.trust_remote_code)
     context = _context(base, params)
     if params.show_labels:
@@ -77,7 +79,9 @@ def _prepare(
     given = [i for i, label in zip(first.input_ids, first.labels, strict=True) if label < 0]
     text = params.init_text or tokenizer.decode(given or first.input_ids)
     trust = params.trust_remote_code
-    model = prepare_model(params, base, tokenizer, text, dtype, where, trust_remote_code=trust)
+    model = prepare_model(
+        params, base, tokenizer, text, dtype, where, trust_remote_code=trust, under=params.under
+    )
     if params.pissa:
         _save_initial(model, work)
     if params.gradient_checkpointing:

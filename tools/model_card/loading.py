@@ -44,8 +44,8 @@ def _load_adapter(facts: Facts, node: Node) -> str:
     at = f", revision={json.dumps(found['revision'])}" if found and found["revision"] else ""
     config_path = facts.root / "adapter_config.json"
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-    own = config.get("peft_type") == "BOTTLENECK"
-    first = "import tuneutils.shared.adapters  # makes bottleneck adapters known to PEFT\n" if own else ""
+    own = config.get("peft_type") in ("BOTTLENECK", "FUSION")
+    first = "import tuneutils.shared.adapters  # makes our adapters known to PEFT\n" if own else ""
     tokenizer = path if (facts.root / "tokenizer_config.json").is_file() else where + at
     return (
         f"{first}from peft import PeftModel\n"

@@ -68,23 +68,10 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name, device)
 
-    @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: str) -> None:
         """Initialise an adapter's weights; see `BottleneckConfig` for the schemes."""
         down = cast(nn.Linear, self.bottleneck_down[adapter_name])
-        up = cast(nn.Linear, self.bottleneck_up[adapter_name])
-        if init_weights == "mam_adapter":
-            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        elif init_weights == "houlsby":
-            nn.init.trunc_normal_(down.weight, std=0.01, a=-0.02, b=0.02)
-            nn.init.trunc_normal_(up.weight, std=0.01, a=-0.02, b=0.02)
-        else:
-            nn.init.normal_(down.weight, std=0.02)
-            nn.init.normal_(up.weight, std=0.02)
-        if init_weights in ("zero-up", "mam_adapter"):
-            nn.init.zeros_(up.weight)
-        nn.init.zeros_(down.bias)
-        nn.init.zeros_(up.bias)
+        initialise(down, cast(nn.Linear, self.bottleneck_up[adapter_name]), init_weights)
 
     def adapter_output(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """``A(x)`` of one adapter, without a residual.
@@ -124,6 +111,23 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         for parameter in base_layer.parameters():
             return parameter.device, parameter.dtype
         return None, None
+
+
+@torch.no_grad()
+def initialise(down: nn.Linear, up: nn.Linear, init_weights: str) -> None:
+    """Initialise one bottleneck; see `BottleneckConfig` for the schemes."""
+    if init_weights == "mam_adapter":
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+    elif init_weights == "houlsby":
+        nn.init.trunc_normal_(down.weight, std=0.01, a=-0.02, b=0.02)
+        nn.init.trunc_normal_(up.weight, std=0.01, a=-0.02, b=0.02)
+    else:
+        nn.init.normal_(down.weight, std=0.02)
+        nn.init.normal_(up.weight, std=0.02)
+    if init_weights in ("zero-up", "mam_adapter"):
+        nn.init.zeros_(up.weight)
+    nn.init.zeros_(down.bias)
+    nn.init.zeros_(up.bias)
 
 
 def refuse_merge() -> NoReturn:

@@ -14,7 +14,11 @@ from torch import nn
 
 from tuneutils.shared.errors import ExitCode, ToolError
 
+from ..bottleneck import BottleneckConfig
+from ..bottleneck.layer import initialise
 from .config import KEPT, FusionConfig
+from .experts import BottleneckExpert
+from .layer import FusionLayer
 
 #: A tensor of an adapter as PEFT saves it: the module's name, and the tensor's own.
 KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?P<part>(?:bottleneck_\w+|lora_[AB])(?:\.[\w.]+)?)$")
@@ -95,6 +99,14 @@ def composed_config(parts: Sequence[Part], kind: str, attention_size: int | None
     Raises:
         ToolError: they adapt different modules, or do not go together (exit 2).
     """
+    modules = sorted(set().union(*(part.modules for part in parts)))
+    made = FusionConfig(
+        kind=kind,
+        adapters=[part.entry for part in parts],
+        attention_size=attention_size,
+        target_modules="|".join(map(re.escape, modules)),
+        task_type="CAUSAL_LM",
+    )
     first = parts[0]
     for other in parts[1:]:
         if kind != "stack" and (apart := first.modules ^ other.modules):
@@ -103,14 +115,7 @@ def composed_config(parts: Sequence[Part], kind: str, attention_size: int | None
                 f"{min(apart)}; only adapters of the same modules can be fused",
                 code=ExitCode.USAGE,
             )
-    modules = sorted(set().union(*(part.modules for part in parts)))
-    return FusionConfig(
-        kind=kind,
-        adapters=[part.entry for part in parts],
-        attention_size=attention_size,
-        target_modules="|".join(map(re.escape, modules)),
-        task_type="CAUSAL_LM",
-    )
+    return made
 
 
 def load_parts(model: Any, parts: Sequence[Part]) -> None:
@@ -137,6 +142,34 @@ def compose(model: nn.Module, parts: Sequence[Part], kind: str, attention_size: 
 
     made = get_peft_model(model, composed_config(parts, kind, attention_size))  # type: ignore[arg-type]
     load_parts(made, parts)
+    return made
+
+
+def stack_on(model: nn.Module, under: Part, config: BottleneckConfig, name: str) -> Any:
+    """A PEFT model of the base with a frozen adapter and a new one on top of it, which alone is trained.
+
+    Args:
+        config: of the new adapter; it sits where the frozen one does.
+        name: of the new adapter.
+
+    Raises:
+        ToolError: the two do not go together (exit 2).
+    """
+    from peft import get_peft_model
+
+    if config.dropout or config.layers_to_transform or config.target_modules or config.modules_to_save:
+        raise ToolError(
+            "an adapter on top of another takes its places, all of them, and no dropout", code=ExitCode.USAGE
+        )
+    settings = {k: getattr(config, k) for k in KEPT["BOTTLENECK"]}
+    top = Part({"name": name, "peft_type": "BOTTLENECK", "config": settings}, {})
+    made = get_peft_model(model, composed_config([under, top], "stack"))  # type: ignore[arg-type]
+    for module in made.modules():
+        if isinstance(module, FusionLayer) and "default" in module.fusion_top:
+            new = module.fusion_top["default"]
+            if isinstance(new, BottleneckExpert):
+                initialise(new.bottleneck_down, new.bottleneck_up, config.init_weights)
+    load_parts(made, [under])
     return made
 
 
