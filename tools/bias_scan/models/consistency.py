@@ -3,7 +3,8 @@
 Records are twins as ``cf-augment`` writes them: a source with its ``id``, and twins with ``twin_of``. Of
 predictions the score is the share of twins that are given another one (Kusner et al. 2017; Garg et al.
 2019). Of rewards it is the share whose score moves by more than a tenth of the sources' standard deviation,
-and the mean of the move.
+and the mean of the move. Of a language model on plain texts it is the counterfactual gap (Garg et al. 2019,
+definition 2, with g = log P): how far a text and its twin are apart in log-likelihood.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def measure(model: Any, records: Sequence[Record]) -> tuple[list[Measure], list[
         return of_predictions(twins, _checked(model.predict, records, ("chosen",)))
     if isinstance(model, Classifier):
         return of_predictions(twins, _checked(model.predict, records, ("text",)))
-    return of_predictions(twins, _checked(lambda r: choose(model, r), records, ("choices", "chosen")))
+    if all("text" in r for r in records):
+        return of_likelihoods(twins, [s.total for s in model.texts([r["text"] for r in records])])
+    return of_predictions(twins, _checked(lambda r: choose(model, r), records, ("choices", "chosen", "text")))
 
 
 def _checked(ask: Any, records: Sequence[Record], fields: tuple[str, ...]) -> list[Any]:
@@ -124,6 +127,34 @@ def of_scores(twins: Sequence[Twin], scores: Sequence[float]) -> tuple[list[Meas
                 unit="twins",
             )
         )
+    rows = [{"axis": t.axis, "source": float(values[t.source]), "twin": float(values[t.twin])} for t in twins]
+    return made, rows
+
+
+def of_likelihoods(
+    twins: Sequence[Twin], values: Sequence[float]
+) -> tuple[list[Measure], list[dict[str, Any]]]:
+    """How far twins are from their source, and how often the source is likelier.
+
+    Args:
+        values: log-likelihood of each record's text, nats.
+    """
+    moves = np.array([values[t.twin] - values[t.source] for t in twins])
+    made = []
+    for group, at in _groups(twins).items():
+        for metric, formula, found, neutral in (
+            ("likelihood-gap", "mean of |log P(twin) - log P(source)|, nats a text", np.abs(moves), 0.0),
+            (
+                "source-preference",
+                "100 * (log P(source) > log P(twin)) / twins",
+                100.0 * ((moves < 0) + 0.5 * (moves == 0)),
+                50.0,
+            ),
+        ):
+            columns = _units(twins, found, at)
+            made.append(
+                Measure(NAME, metric, formula, columns, ratio, len(at), group, neutral=neutral, unit="twins")
+            )
     rows = [{"axis": t.axis, "source": float(values[t.source]), "twin": float(values[t.twin])} for t in twins]
     return made, rows
 

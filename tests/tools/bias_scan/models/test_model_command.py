@@ -193,3 +193,50 @@ def test_bad_records_are_skipped_or_kept(
         json.loads(line) for line in Path(".work/r/quarantine-crows-pairs.jsonl").read_text().splitlines()
     ]
     assert kept["line"] == 41
+
+
+def test_likelihoods_of_twins(workdir: Path, click_cli: Cli, tiny_model: Path) -> None:
+    """The gap of each text is that of Transformers' own loss, before it is divided by the tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model),
+        AutoTokenizer.from_pretrained(tiny_model),
+    )
+
+    def likelihood(text: str) -> float:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+        with torch.no_grad():
+            return -float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+
+    rows: list[dict[str, Any]] = []
+    for i in range(4):
+        rows.append({"id": f"{i}", "text": f"He saw {i} birds and his dog."})
+        rows.append(
+            {
+                "id": f"{i}t",
+                "twin_of": f"{i}",
+                "twin_axis": "gender",
+                "text": f"She saw {i} birds and her dog.",
+            }
+        )
+    write_jsonl(Path("twins.jsonl"), rows)
+    done = click_cli(
+        "bias-scan",
+        "model",
+        tiny_model,
+        "--set",
+        "consistency=twins.jsonl",
+        "--min-items",
+        "2",
+        "-o",
+        "r",
+        *CPU,
+    )
+    assert done.code == 0, done.stderr
+    found = {r["metric"]: r for r in report()["rows"]}
+    moves = [likelihood(rows[2 * i + 1]["text"]) - likelihood(rows[2 * i]["text"]) for i in range(4)]
+    assert found["likelihood-gap"]["value"] == pytest.approx(sum(map(abs, moves)) / 4, rel=1e-4)
+    assert found["source-preference"]["value"] == 100 * sum(m < 0 for m in moves) / 4
+    assert found["likelihood-gap"]["n"] == 4
