@@ -70,11 +70,20 @@ def check_options(params: Params) -> Any:
 
 
 def _textual(record: Record) -> None:
-    check(record, ("text", "parallel"))
+    check(record, ("text", "parallel", "prompt-completion", "messages"))
 
 
 def _pair(record: Record) -> None:
     check(record, ("parallel",))
+
+
+def text_of(record: Record, side: str) -> str:
+    """All that a record says, a line a turn; of a translated pair one side."""
+    if "text" in record or side in record:
+        return str(record["text"] if "text" in record else record[side])
+    parts = [record[name] for name in ("messages", "prompt", "completion") if name in record]
+    turns = [m["content"] for part in parts if isinstance(part, list) for m in part]
+    return "\n".join([part for part in parts if isinstance(part, str)] + turns)
 
 
 def _texts(source: Source, side: str, limit: int = 0) -> list[str]:
@@ -82,7 +91,7 @@ def _texts(source: Source, side: str, limit: int = 0) -> list[str]:
     for item in source.located:
         if limit and len(made) == limit:
             break
-        text = item.record.get("text", item.record.get(side, ""))
+        text = text_of(item.record, side)
         if text.strip():
             made.append(text)
     if not made:
