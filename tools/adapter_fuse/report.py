@@ -9,7 +9,7 @@ from typing import Any
 
 from tuneutils.shared.artifact import Input, write_json
 from tuneutils.shared.command import Run
-from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.errors import ExitCode, ToolError, require
 from tuneutils.shared.examples import encode_all, open_source
 from tuneutils.shared.models import context_length, load_model, load_tokenizer, model_input, resolve
 from tuneutils.tools.adapter_fuse.params import ReportParams
@@ -21,6 +21,7 @@ def report(run: Run[ReportParams]) -> dict[str, Any]:
     Raises:
         ToolError: no fusion, no record, or another model of another tokenizer.
     """
+    require("matplotlib", "plots")
     params = run.params
     ref = resolve(params.model)
     names = ref.manifest.get("adapters")

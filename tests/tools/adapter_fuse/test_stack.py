@@ -83,6 +83,25 @@ def test_a_task_is_trained_on_a_frozen_language_which_is_then_swapped(
     )
 
 
+def test_stacks_of_two_languages_stand_side_by_side_as_chat_switches_them(
+    fuse: Fuse, made: Made, tiny_model: Path
+) -> None:
+    expected = {}
+    for language in ("mad-x-a", "mad-x-b"):
+        assert fuse("stack", made[language], made["pfeiffer-b"], output=language).code == 0
+        expected[language] = logits(language)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, "mad-x-a", adapter_name="adapter-mad-x-a").eval()
+    model.load_adapter("mad-x-b", adapter_name="adapter-mad-x-b")
+    with torch.inference_mode():
+        for language in ("mad-x-b", "mad-x-a"):
+            model.set_adapter(f"adapter-{language}")
+            torch.testing.assert_close(model(IDS).logits, expected[language])
+        with model.disable_adapter():
+            bare = model(IDS).logits
+        torch.testing.assert_close(bare, AutoModelForCausalLM.from_pretrained(tiny_model)(IDS).logits)
+
+
 def test_a_task_starts_as_its_language_alone(made: Made, tiny_model: Path, workdir: Path) -> None:
     from tuneutils.shared.adapters import BottleneckConfig
     from tuneutils.shared.adapters.fusion.compose import read_part, stack_on
