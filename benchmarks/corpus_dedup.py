@@ -40,7 +40,7 @@ def cpu_seconds() -> float:
 def ours(texts: list[str], _: Path) -> list[tuple[int, int]]:
     import numpy as np
 
-    from tuneutils.tools.corpus_build.neardup import band_keys, similar_pairs
+    from tuneutils.shared.neardup import band_keys, similar_pairs
     from tuneutils.tools.corpus_build.tokens import shingles, tokenize
 
     keys, sets = [], []

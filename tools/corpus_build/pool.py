@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneutils.shared.neardup import SIZE, near_duplicates
 from tuneutils.shared.records import dump_line
 from tuneutils.shared.streams import Record
-from tuneutils.tools.corpus_build.neardup import SIZE, near_duplicates
 from tuneutils.tools.corpus_build.prepare import Part
 from tuneutils.tools.corpus_build.substrings import repeated_spans, without
 from tuneutils.tools.corpus_build.tokens import U64, Index, tokenize, window_hashes

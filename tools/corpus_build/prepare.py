@@ -16,13 +16,13 @@ from typing import IO, Any
 import numpy as np
 
 from tuneutils.shared import pii
+from tuneutils.shared.neardup import BANDS, SIZE, band_keys
 from tuneutils.shared.records import check, dump_line, parse_line
 from tuneutils.shared.streams import Record, open_binary, plain_row, raw_lines
 from tuneutils.tools.corpus_build import clean, contamination, dsir, rules
 from tuneutils.tools.corpus_build.contamination import strings
 from tuneutils.tools.corpus_build.extract import Unreadable, cut, kind_of, read_limited, text_of
 from tuneutils.tools.corpus_build.find import Item, lines_before, spdx
-from tuneutils.tools.corpus_build.neardup import BANDS, SIZE, band_keys
 from tuneutils.tools.corpus_build.tokens import Index, Tokens, shingles, tokenize
 
 BATCH_CHARACTERS = 1 << 19

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from tuneutils.shared.neardup import mix
 from tuneutils.shared.records import dump_line
 from tuneutils.tools.corpus_build.extract import cut
 from tuneutils.tools.corpus_build.params import BuildParams
 from tuneutils.tools.corpus_build.pool import Pool
-from tuneutils.tools.corpus_build.tokens import Index, mix
+from tuneutils.tools.corpus_build.tokens import Index
 
 Bytes = int
 

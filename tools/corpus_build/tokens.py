@@ -15,6 +15,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneutils.shared.neardup import mix
+
 U64 = NDArray[np.uint64]
 Index = NDArray[np.int64]
 
@@ -22,17 +24,6 @@ SPACE, WORD, PUNCTUATION, LETTER = 0, 1, 2, 3
 _BASE = 0x9E3779B97F4A7C15 | 1
 _GRAM_BASE = 0xD1342543DE82EF95
 _MASK = (1 << 64) - 1
-
-
-def mix(values: U64) -> U64:
-    """SplitMix64's finaliser: a bijection in which each bit of the input changes half of the output's."""
-    z = values + np.uint64(0x9E3779B97F4A7C15)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
 
 
 @cache

@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tuneutils.shared.neardup import band_keys, near_duplicates, similar_pairs
 from tuneutils.tools.corpus_build import dsir
 from tuneutils.tools.corpus_build.contamination import benchmark_grams, contaminated
-from tuneutils.tools.corpus_build.neardup import band_keys, near_duplicates, similar_pairs
 from tuneutils.tools.corpus_build.substrings import repeated_spans, without
 from tuneutils.tools.corpus_build.tokens import shingles, tokenize, windows
 from tuneutils.tools.corpus_build.vocabulary import log_odds

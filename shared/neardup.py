@@ -11,13 +11,26 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tuneutils.tools.corpus_build.tokens import U64, Index, mix
+U64 = NDArray[np.uint64]
+Index = NDArray[np.int64]
 
 BANDS, ROWS = 12, 4
 SIZE = 5  # words a shingle
 
 Sets = Callable[[int], U64]
+
+
+def mix(values: U64) -> U64:
+    """SplitMix64's finaliser: a bijection in which each bit of the input changes half of the output's."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
 
 
 def band_keys(grams: U64, bounds: Index, seed: int = 0) -> U64:
@@ -44,7 +57,7 @@ def band_keys(grams: U64, bounds: Index, seed: int = 0) -> U64:
     return keys
 
 
-def _permutations(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _permutations(seed: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     rng = np.random.default_rng(seed)
     size = BANDS * ROWS
     factors = rng.integers(0, 2**31, size, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
@@ -63,7 +76,7 @@ def jaccard(a: U64, b: U64) -> float:
     return common / (len(a) + len(b) - common)
 
 
-def _buckets(keys: U64) -> Iterator[tuple[int, Index]]:
+def buckets(keys: U64) -> Iterator[tuple[int, Index]]:
     """Each band's groups of two or more texts with the same key, members in order."""
     for band in range(keys.shape[1]):
         order = np.argsort(keys[:, band], kind="stable")
@@ -78,7 +91,7 @@ def similar_pairs(keys: U64, sets: Sets, threshold: float) -> dict[tuple[int, in
     """Every pair of texts that shares a band and is at least ``threshold`` similar, with its similarity."""
     found: dict[tuple[int, int], float] = {}
     seen: set[tuple[int, int]] = set()
-    for _, members in _buckets(keys):
+    for _, members in buckets(keys):
         for i, a in enumerate(members.tolist()):
             for b in members[i + 1 :].tolist():
                 if (a, b) not in seen:
@@ -100,14 +113,14 @@ def near_duplicates(keys: U64, sets: Sets, threshold: float) -> dict[int, int]:
         sets: a text's shingles, sorted and without repeats.
     """
     of_text: dict[int, list[int]] = defaultdict(list)
-    for number, (_, members) in enumerate(_buckets(keys)):
+    for number, (_, members) in enumerate(buckets(keys)):
         for member in members.tolist():
             of_text[member].append(number)
     kept: dict[int, list[int]] = defaultdict(list)
     dropped: dict[int, int] = {}
     for text in sorted(of_text):
-        buckets = of_text[text]
-        candidates = dict.fromkeys(c for bucket in buckets for c in kept[bucket])
+        mine_in = of_text[text]
+        candidates = dict.fromkeys(c for bucket in mine_in for c in kept[bucket])
         mine = sets(text) if candidates else None
         match = next(
             (c for c in candidates if mine is not None and jaccard(mine, sets(c)) >= threshold), None
@@ -115,6 +128,6 @@ def near_duplicates(keys: U64, sets: Sets, threshold: float) -> dict[int, int]:
         if match is not None:
             dropped[text] = match
         else:
-            for bucket in buckets:
+            for bucket in mine_in:
                 kept[bucket].append(text)
     return dropped
