@@ -47,7 +47,13 @@ class Part:
 
     @property
     def modules(self) -> set[str]:
+        """Where the adapter sits."""
         return {module for module, _ in self.tensors}
+
+    @property
+    def layers(self) -> set[str]:
+        """Where it sits in the layers: all but the embedding of an invertible adapter."""
+        return {module for module, part in self.tensors if not part.startswith("bottleneck_coupling")}
 
 
 def read_part(folder: str | Path, name: str) -> Part:
@@ -107,12 +113,12 @@ def composed_config(parts: Sequence[Part], kind: str, attention_size: int | None
         target_modules="|".join(map(re.escape, modules)),
         task_type="CAUSAL_LM",
     )
-    first = parts[0]
-    for other in parts[1:]:
-        if kind != "stack" and (apart := first.modules ^ other.modules):
+    first, *others = (part for part in parts if part.tensors)  # one still to be trained has none
+    for other in others:
+        if apart := first.layers ^ other.layers:
             raise ToolError(
                 f"{first.entry['name']} and {other.entry['name']} adapt different modules, such as "
-                f"{min(apart)}; only adapters of the same modules can be fused",
+                f"{min(apart)}; only adapters of the same modules can be composed",
                 code=ExitCode.USAGE,
             )
     return made

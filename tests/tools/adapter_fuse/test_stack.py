@@ -136,6 +136,20 @@ def test_what_no_task_can_stand_on_is_named(
     assert not Path("out").exists()
 
 
+def test_adapters_of_different_layers_are_not_stacked(fuse: Fuse, made: Made, tiny_model: Path) -> None:
+    from peft import get_peft_model
+
+    from tuneutils.shared.adapters import BottleneckConfig
+
+    config = BottleneckConfig(style="pfeiffer", layers_to_transform=[1], task_type="CAUSAL_LM")
+    partial = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
+    partial.peft_config["default"].base_model_name_or_path = str(tiny_model)
+    partial.save_pretrained("partial")
+    done = fuse("stack", made["mad-x-a"], "partial")
+    assert done.code == 2
+    assert "adapt different modules, such as model.layers.0" in done.stderr
+
+
 def test_loras_are_not_stacked(fuse: Fuse, made: Made) -> None:
     done = fuse("stack", made["lora-a"], made["lora-b"])
     assert done.code == 2
