@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
 from tuneutils.tools.xl_parallel.params import AlignParams, EncoderParams, ExtractParams
+from tuneutils.tools.xl_parallel.params_pairs import MineParams, SplitParams
 
 main = tool_group(
     "xl-parallel",
@@ -54,6 +55,32 @@ def align(run: Run[AlignParams]) -> Summary:
     from tuneutils.tools.xl_parallel.align import align
 
     return align(run)
+
+
+@tool(
+    "mine", MineParams, group="data", inputs="PILE", output="record stream", streams=True, stdin=False,
+    uses_model=False, parent=main,
+)  # fmt: skip
+def mine(run: Run[MineParams]) -> Summary:
+    """Find translations of each other in two PILEs of sentences, source and target, one a line.
+
+    Writes pairs with their margin score, best first, and the lines where they stand. Repeated sentences count
+    once. A threshold is tuned on piles with known pairs (--tune) and then used on others (--threshold).
+    """
+    from tuneutils.tools.xl_parallel.mine import mine
+
+    return mine(run)
+
+
+@tool("split", SplitParams, group="data", inputs="PAIRS", output="records", uses_model=False, parent=main)
+def split(run: Run[SplitParams]) -> Summary:
+    """Divide PAIRS into streams so that no sentence of either language, nor a near-copy, is in two.
+
+    Pairs that share a sentence, or have similar ones, go together, with all that these are linked to.
+    """
+    from tuneutils.tools.xl_parallel.split import split
+
+    return split(run)
 
 
 if __name__ == "__main__":
