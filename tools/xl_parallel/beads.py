@@ -35,7 +35,7 @@ RowCosts = Callable[[int, int, int], Floats]
 
 
 def best_path(
-    n: int, m: int, kinds: Sequence[Kind], costs: RowCosts, insertion: float, left: Ints, width: int
+    n: int, m: int, kinds: Sequence[Kind], costs: RowCosts, insertion: Floats, left: Ints, width: int
 ) -> list[Bead]:
     """The beads of least total cost that cover both documents.
 
@@ -43,7 +43,7 @@ def best_path(
         n, m: sentences of source and target.
         kinds: with at least one source sentence each; (1, 0) leaves one out.
         costs: see ``RowCosts``.
-        insertion: cost of a target sentence left out.
+        insertion: ``(m,)``, cost of each target sentence left out.
         left: ``(n + 1,)``, ascending: first column of each row's band.
         width: columns of the band.
 
@@ -51,9 +51,10 @@ def best_path(
         ValueError: no path lies within the band.
     """
     columns = np.arange(width)
+    sums = np.concatenate([[0.0], np.cumsum(insertion), np.zeros(width)])  # the end is beyond the table
     table = np.full((n + 1, width), np.inf)
     back = np.full((n + 1, width), -1, np.int16)  # -1: a target sentence left out
-    table[0, : max(0, min(width, m + 1))] = insertion * np.arange(min(width, m + 1))
+    table[0, : min(width, m + 1)] = sums[: min(width, m + 1)]
     for i in range(1, n + 1):
         row_costs = costs(i, int(left[i]), width)
         row = np.full(width, np.inf)
@@ -69,7 +70,7 @@ def best_path(
             better = total < row[first:last]
             np.copyto(row[first:last], total, where=better)
             choice[first:last][better] = k
-        slope = insertion * columns
+        slope = sums[left[i] : left[i] + width]
         running = np.minimum.accumulate(row - slope) + slope
         inserted = running < row - 1e-12
         choice[inserted] = -1

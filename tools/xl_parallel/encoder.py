@@ -92,6 +92,10 @@ class Encoder:
         """``(n, d)`` of length 1; a text without a known gram is a row of zeros."""
         return normalised(self.side(lang).sums(texts))
 
+    def sums(self, texts: Sequence[str], lang: str) -> Floats:
+        """``(n, d)``, not scaled; see ``Side.sums``."""
+        return self.side(lang).sums(texts)
+
     def save(self, folder: Path) -> None:
         from safetensors.numpy import save_file
 

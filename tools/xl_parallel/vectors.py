@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 
 
 class Vectors(Protocol):
-    """What turns texts of a language into rows: of length 1, or such that their sum stands for all of them."""
+    """What turns texts of a language into rows: of length 1, or whose sum stands for all of them."""
 
     def encode(self, texts: Sequence[str], lang: str) -> Floats: ...
 
