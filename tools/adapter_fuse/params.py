@@ -23,6 +23,9 @@ class TrainParams:
         help="Width of query and key; the layer's own for bottlenecks (as published), 16 for LoRAs.",
         min=1,
     )
+    normalize_query: bool = option(
+        True, help="Divide what the query reads by its root mean square; for pre-norm models."
+    )
     value_penalty: float = option(
         0.01, help="Weight of the squared distance of the value matrices from the identity.", min=0
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tuneutils.shared.adapters.fusion.compose import Part
 
 #: A gate has few parameters, each of which moves a whole adapter.
-LEARNING_RATES = {"attention": 1e-4, "gate": 1e-2}
+LEARNING_RATES = {"attention": 1e-4, "gate": 1e-3}
 
 
 def train(run: Run[TrainParams]) -> dict[str, Any]:
@@ -105,6 +105,10 @@ def _check(params: TrainParams) -> tuple[ModelRef, list[ModelRef]]:
     return base, refs
 
 
+def _settings(params: TrainParams) -> dict[str, Any]:
+    return {"attention_size": params.attention_size, "normalize_query": params.normalize_query}
+
+
 def _learning_rate(params: TrainParams) -> float:
     return LEARNING_RATES[params.kind] if params.learning_rate is None else params.learning_rate
 
@@ -114,7 +118,7 @@ def _read(refs: list[ModelRef], params: TrainParams) -> list[Part]:
     from tuneutils.shared.adapters.fusion.compose import composed_config, read_part
 
     parts = [read_part(ref.path, name) for ref, name in zip(refs, names_of(refs), strict=True)]
-    composed_config(parts, params.kind, params.attention_size)
+    composed_config(parts, params.kind, **_settings(params))
     return parts
 
 
@@ -135,7 +139,7 @@ def _fused_model(
 def _composed(model: Any, parts: list[Part], params: TrainParams) -> Any:
     from tuneutils.shared.adapters.fusion.compose import compose
 
-    return compose(model, parts, params.kind, params.attention_size)
+    return compose(model, parts, params.kind, **_settings(params))
 
 
 def fusion_trainer(value_penalty: float) -> Any:

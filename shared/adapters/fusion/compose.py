@@ -99,8 +99,11 @@ def _check_plain(folder: str | Path, config: dict[str, Any]) -> None:
         )
 
 
-def composed_config(parts: Sequence[Part], kind: str, attention_size: int | None = None) -> FusionConfig:
+def composed_config(parts: Sequence[Part], kind: str, **settings: Any) -> FusionConfig:
     """The configuration that puts these adapters together.
+
+    Args:
+        settings: further fields of `FusionConfig`.
 
     Raises:
         ToolError: they adapt different modules, or do not go together (exit 2).
@@ -109,9 +112,9 @@ def composed_config(parts: Sequence[Part], kind: str, attention_size: int | None
     made = FusionConfig(
         kind=kind,
         adapters=[part.entry for part in parts],
-        attention_size=attention_size,
         target_modules="|".join(map(re.escape, modules)),
         task_type="CAUSAL_LM",
+        **settings,
     )
     first, *others = (part for part in parts if part.tensors)  # one still to be trained has none
     for other in others:
@@ -142,11 +145,15 @@ def load_parts(model: Any, parts: Sequence[Part]) -> None:
         raise ToolError(f"the adapters do not fit the model: no match for {lost[0]}")
 
 
-def compose(model: nn.Module, parts: Sequence[Part], kind: str, attention_size: int | None = None) -> Any:
-    """A PEFT model of the base with these adapters composed; mixers are new."""
+def compose(model: nn.Module, parts: Sequence[Part], kind: str, **settings: Any) -> Any:
+    """A PEFT model of the base with these adapters composed; mixers are new.
+
+    Args:
+        settings: further fields of `FusionConfig`.
+    """
     from peft import get_peft_model
 
-    made = get_peft_model(model, composed_config(parts, kind, attention_size))  # type: ignore[arg-type]
+    made = get_peft_model(model, composed_config(parts, kind, **settings))  # type: ignore[arg-type]
     load_parts(made, parts)
     return made
 

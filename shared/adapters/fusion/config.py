@@ -42,6 +42,8 @@ class FusionConfig(PeftConfig):
         adapters: for each adapter ``{"name": …, "peft_type": …, "config": {…}}``, in order.
         attention_size: width of the projections Q and K; V is then the identity plus a product of that rank.
             None: full width (as published) for bottlenecks, 16 for LoRAs.
+        normalize_query: read ``h / rms(h)`` in place of h, so that the softmax of a pre-norm model, whose
+            stream grows with depth, does not start saturated. False: h as it is.
         target_modules: a regular expression of the modules where the adapters sit.
 
     Raises:
@@ -53,6 +55,9 @@ class FusionConfig(PeftConfig):
         default_factory=list, metadata={"help": "Name, PEFT type and configuration of each adapter."}
     )
     attention_size: int | None = field(default=None, metadata={"help": "Width of query and key."})
+    normalize_query: bool = field(
+        default=True, metadata={"help": "Divide the query by its root mean square."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "A regular expression of the adapted modules."}
     )

@@ -18,12 +18,14 @@ class AttentionMixer(nn.Module):
 
     Args:
         width: of the stream, d.
+        normalize: read ``h / rms(h)``; see `unit_rms`.
         size: width of Q and K; V is then ``I + U D`` with D ``(size, d)`` and U ``(d, size)``, U zero at
             the start. None: Q, K and V are ``(d, d)``, V the identity at the start.
     """
 
-    def __init__(self, width: int, size: int | None) -> None:
+    def __init__(self, width: int, size: int | None, normalize: bool = False) -> None:
         super().__init__()
+        self.normalize = normalize
         self.query = nn.Linear(width, size or width, bias=False)
         self.key = nn.Linear(width, size or width, bias=False)
         nn.init.normal_(self.query.weight, std=INIT_STD)
@@ -46,7 +48,7 @@ class AttentionMixer(nn.Module):
         Args:
             query: ``(..., d)``. outputs: ``(..., N, d)``, of each adapter.
         """
-        reading = self.query(query) @ self.key.weight
+        reading = self.query(unit_rms(query) if self.normalize else query) @ self.key.weight
         weights = torch.softmax((outputs @ reading.unsqueeze(-1)).squeeze(-1), dim=-1)
         return self._value(weighted_sum(weights, outputs)), weights
 
@@ -68,19 +70,29 @@ class AttentionMixer(nn.Module):
 class GateMixer(nn.Module):
     """A softmax gate: ``softmax(W h + b)``, W ``(N, d)``; it starts as the plain average."""
 
-    def __init__(self, width: int, adapters: int) -> None:
+    def __init__(self, width: int, adapters: int, normalize: bool = False) -> None:
         super().__init__()
+        self.normalize = normalize
         self.gate = nn.Linear(width, adapters)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
     def forward(self, query: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `AttentionMixer.forward`."""
-        weights = torch.softmax(self.gate(query), dim=-1)
+        weights = torch.softmax(self.gate(unit_rms(query) if self.normalize else query), dim=-1)
         return weighted_sum(weights, outputs), weights
 
     def penalty(self) -> torch.Tensor:
         return self.gate.weight.new_zeros(())
+
+
+def unit_rms(h: torch.Tensor) -> torch.Tensor:
+    """``h / rms(h)`` over the last axis, ``rms(h) = sqrt(mean(h²) + 1e-6)``.
+
+    The published query is the output of a LayerNorm. A pre-norm model's stream grows from layer to layer, and
+    with it the scores: in the upper layers the untrained softmax would already have chosen one adapter.
+    """
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def weighted_sum(weights: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -91,5 +103,5 @@ def weighted_sum(weights: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 def make_mixer(config: FusionConfig, width: int) -> nn.Module:
     """The mixer of a fusion over a stream of the given width."""
     if config.kind == "gate":
-        return GateMixer(width, len(config.adapters))
-    return AttentionMixer(width, config.projection_size())
+        return GateMixer(width, len(config.adapters), config.normalize_query)
+    return AttentionMixer(width, config.projection_size(), config.normalize_query)

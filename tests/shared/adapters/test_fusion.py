@@ -70,9 +70,9 @@ def saved(base: LlamaForCausalLM, input_ids: torch.Tensor, tmp_path: Path) -> Ma
     return make
 
 
-def composed(base: LlamaForCausalLM, folders: list[Path], kind: str, size: int | None = None) -> Any:
+def composed(base: LlamaForCausalLM, folders: list[Path], kind: str) -> Any:
     parts = [read_part(folder, folder.name) for folder in folders]
-    return compose(copy.deepcopy(base), parts, kind, size).eval()
+    return compose(copy.deepcopy(base), parts, kind).eval()
 
 
 # The formula
@@ -88,10 +88,10 @@ def by_the_paper(
     return sum(s_n * (v @ z_n) for s_n, z_n in zip(s, z)), s
 
 
-@pytest.mark.parametrize("size", [None, 2])
-def test_attention_is_the_papers_formula(size: int | None) -> None:
+@pytest.mark.parametrize(("size", "normalize"), [(None, False), (2, False), (None, True)])
+def test_attention_is_the_papers_formula(size: int | None, normalize: bool) -> None:
     torch.manual_seed(0)
-    mixer = AttentionMixer(6, size).double()
+    mixer = AttentionMixer(6, size, normalize).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     h, z = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 3, 4, 6, dtype=torch.float64)
@@ -99,10 +99,20 @@ def test_attention_is_the_papers_formula(size: int | None) -> None:
     p = {n: w.detach().numpy() for n, w in mixer.named_parameters()}
     v = p["value.weight"] if size is None else np.eye(6) + p["value_up.weight"] @ p["value_down.weight"]
     for place in np.ndindex(2, 3):
-        o, s = by_the_paper(h[place].numpy(), z[place].numpy(), p["query.weight"], p["key.weight"], v)
+        read = h[place].numpy() / (np.sqrt((h[place].numpy() ** 2).mean() + 1e-6) if normalize else 1)
+        o, s = by_the_paper(read, z[place].numpy(), p["query.weight"], p["key.weight"], v)
         np.testing.assert_allclose(mixed[place].detach().numpy(), o)
         np.testing.assert_allclose(weights[place].detach().numpy(), s)
     assert mixer.penalty().item() == pytest.approx(((v - np.eye(6)) ** 2).sum())
+
+
+@pytest.mark.parametrize("mixer", [AttentionMixer(6, None, True), GateMixer(6, 3, True)])
+def test_a_normalised_query_does_not_depend_on_the_streams_scale(mixer: Any) -> None:
+    torch.manual_seed(0)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter)
+    h, z = torch.randn(5, 6), torch.randn(5, 3, 6)
+    torch.testing.assert_close(mixer(100 * h, z)[1], mixer(h, z)[1], rtol=1e-4, atol=1e-5)
 
 
 def test_values_start_as_the_identity() -> None:
@@ -313,7 +323,9 @@ def library_model(model_type: str, kind: str, names: list[str]) -> tuple[Any, di
         "gpt2": ("transformer", "h", "wte"),
     }[model_type]
     target = rf"{body}\.{layers}\.\d+" + (rf"|{body}\.{embedding}" if "lang" in names else "")
-    model = get_peft_model(base, FusionConfig(kind=kind, adapters=entries, target_modules=target))
+    model = get_peft_model(
+        base, FusionConfig(kind=kind, adapters=entries, target_modules=target, normalize_query=False)
+    )
     state = {}
     for layer in range(2):
         theirs = f"adapter.{body}.{layers}.{layer}.output_adapters"
