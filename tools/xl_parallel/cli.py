@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
 from tuneutils.tools.xl_parallel.params import AlignParams, EncoderParams, ExtractParams
-from tuneutils.tools.xl_parallel.params_pairs import MineParams, SplitParams
+from tuneutils.tools.xl_parallel.params_pairs import FilterParams, MineParams, ScoreParams, SplitParams
 
 main = tool_group(
     "xl-parallel",
@@ -81,6 +81,32 @@ def split(run: Run[SplitParams]) -> Summary:
     from tuneutils.tools.xl_parallel.split import split
 
     return split(run)
+
+
+@tool(
+    "score", ScoreParams, group="data", inputs="PAIRS", output="record stream", streams=True,
+    uses_model=False, parent=main,
+)  # fmt: skip
+def score(run: Run[ScoreParams]) -> Summary:
+    """Give each of PAIRS a score by an encoder: its cosine, or a margin over the nearest of all records."""
+    from tuneutils.tools.xl_parallel.score import score
+
+    return score(run)
+
+
+@tool(
+    "filter", FilterParams, group="data", inputs="PAIRS", output="record stream", streams=True,
+    uses_model=False, parent=main,
+)  # fmt: skip
+def filter_(run: Run[FilterParams]) -> Summary:
+    """Keep of PAIRS those that break no rule; every drop is counted under the first that it breaks.
+
+    --langid judges only sides that are long enough, in languages that the detector knows, and drops only
+    on a confident other language; what it could not judge is counted too.
+    """
+    from tuneutils.tools.xl_parallel.filtering import filter_pairs
+
+    return filter_pairs(run)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from tuneutils.shared.artifact import Input, check_stream, describe_input, load_
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, GateFailed, ToolError
 from tuneutils.shared.records import Reader, open_writer
+from tuneutils.tools.xl_parallel.encoder import Encoder, normalised
+from tuneutils.tools.xl_parallel.glossary import spelling
 from tuneutils.tools.xl_parallel.margins import Agreement, Pairs, measure, nearest, retrieve, tune
 from tuneutils.tools.xl_parallel.params_pairs import MineParams
 from tuneutils.tools.xl_parallel.sides import read_lines
@@ -21,6 +24,8 @@ from tuneutils.tools.xl_parallel.vectors import open_encoder
 
 #: Texts encoded at once.
 BATCH = 1 << 14
+#: Weight of shared spelling beside an encoder of our own.
+SPELLING = 0.5
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,25 @@ def found(run: Run[MineParams], src: Pile, tgt: Pile) -> Pairs:
         )
         for pile, lang in ((src, params.src_lang), (tgt, params.tgt_lang))
     )
+    weight = params.spelling
+    if weight is None:
+        weight = SPELLING if isinstance(encoder, Encoder) else 0.0
     for pile, rows, name in ((src, x, run.inputs[0]), (tgt, y, run.inputs[1])):
         if blank := int((~rows.any(1)).sum()):
             run.log.warning(
                 "%s: nothing is known of %d of %d sentences; swapped piles?", name, blank, len(pile.texts)
             )
+    if weight:
+        shared = spelling(*([without_accents(t) for t in pile.texts] for pile in (src, tgt)), seed=run.seed)
+        x, y = (normalised(np.hstack([a, weight * normalised(b)])) for a, b in zip((x, y), shared))
     forward = nearest(x, y, params.k, params.search, run.seed)
     backward = nearest(y, x, params.k, params.search, run.seed)
     return retrieve(forward, backward, params.margin, params.retrieval)
+
+
+def without_accents(text: str) -> str:
+    """Decomposed, combining marks left out: cognates of two languages are then spelt more alike."""
+    return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
 
 
 def _correct(pairs: Pairs, src: Pile, tgt: Pile, gold: str) -> tuple[NDArray[np.bool_], int]:

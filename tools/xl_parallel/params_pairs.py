@@ -18,6 +18,11 @@ class MineParams:
     src_lang: str = option(help=SRC)
     tgt_lang: str = option(help=TGT)
     encoder: str = option(help=ENCODER_HELP)
+    spelling: float | None = option(
+        None, help="Weight of shared spelling (names, numbers, cognates) beside the encoder's vectors; "
+        "default 0.5 with an encoder of xl-parallel, else 0.",
+        min=0,
+    )  # fmt: skip
     margin: str = option("ratio", help=MARGIN_HELP, choices=("ratio", "distance", "absolute"))
     k: int = option(4, help="Neighbours that a margin compares with; of a smaller pile, all.", min=1)
     retrieval: str = option(
