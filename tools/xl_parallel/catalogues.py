@@ -24,8 +24,9 @@ def is_catalogue(path: Path) -> bool:
 
 def language_of(path: Path, catalogue: Any = None) -> str | None:
     """By the folder (``…/es/LC_MESSAGES/x.mo``), the file's name (``es.po``), or the header."""
-    for part in (*reversed(path.parent.parts), path.stem):
-        if part not in ("LC_MESSAGES", "po", "doc", "usr") and _LANGUAGE.fullmatch(part):
+    installed = path.parent.name == "LC_MESSAGES"
+    for part in (path.parent.parent.name,) if installed else (path.stem, path.parent.name):
+        if part not in ("po", "doc") and _LANGUAGE.fullmatch(part):
             return part
     declared = catalogue.metadata.get("Language", "") if catalogue is not None else ""
     return declared or None
@@ -33,7 +34,7 @@ def language_of(path: Path, catalogue: Any = None) -> str | None:
 
 def domain_of(path: Path) -> str:
     """What a message belongs to: the catalogue's name, or its folder where that is the language."""
-    if _LANGUAGE.fullmatch(path.stem):
+    if path.parent.name != "LC_MESSAGES" and _LANGUAGE.fullmatch(path.stem):
         return path.parent.name
     return path.stem
 
