@@ -38,6 +38,7 @@ METHODS: dict[str, list[str]] = {
     "houlsby": ["--method", "houlsby"],
     "pfeiffer": ["--method", "pfeiffer"],
     "parallel": ["--method", "parallel"],
+    "mad-x": ["--method", "mad-x"],
     "llama-adapter": ["--method", "llama-adapter", "--virtual-tokens", "4"],
     "prefix": ["--method", "prefix", "--virtual-tokens", "4"],
     "p-tuning": ["--method", "p-tuning", "--virtual-tokens", "4"],
