@@ -28,6 +28,7 @@ class Extension:
     """A tokenizer before and after.
 
     Attributes:
+        first: the first new id.
         pieces: the old tokens that each new one is made of, in the order of the new ids; none for a byte that
             the old vocabulary lacked.
         added_bytes: of the new tokens, the first so many are such bytes.
@@ -35,13 +36,9 @@ class Extension:
 
     old: Tokenizer
     new: Tokenizer
+    first: int
     pieces: list[list[int]]
     added_bytes: int = 0
-
-    @property
-    def first(self) -> int:
-        """The first new id."""
-        return old_size(self.old)
 
 
 def old_size(tokenizer: Tokenizer) -> int:
@@ -76,7 +73,7 @@ def extend_tokenizer(old: Tokenizer, texts: Iterable[str], count: int, min_frequ
             "nothing to add: no two tokens meet often enough in this text "
             "(more text, or a lower --min-frequency)"
         )
-    return Extension(old, _from(state), [[] for _ in missing] + pieces, len(missing))
+    return Extension(old, _from(state), first, [[] for _ in missing] + pieces, len(missing))
 
 
 def _from(state: dict[str, Any]) -> Tokenizer:

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
 
 # isort: split
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from tuneutils.tools.vocab_extend.static import static_embeddings
 
 WORD = re.compile(r"[^\W\d_]+")
 LEAST_PAIRS = 20
+SENTENCES = 5_000  # counted at once
 
 
 def words_of(text: str) -> list[str]:
@@ -90,25 +93,40 @@ def translations(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
     ``2 n(s, t) / (n(s) + n(t))`` over the pairs in which a word occurs, at least twice together.
     """
-    given: list[tuple[str, str]] = []
-    alone: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-    together: Counter[tuple[str, str]] = Counter()
-    for source, target in pairs:
-        left, right = words_of(source), words_of(target)
-        if len(left) == len(right) == 1:
-            given.append((left[0], right[0]))
-            continue
-        alone[0].update(set(left))
-        alone[1].update(set(right))
-        together.update((s, t) for s in set(left) for t in set(right))
-    best: tuple[dict[str, tuple[float, str]], dict[str, tuple[float, str]]] = ({}, {})
-    for (s, t), times in sorted(together.items()):
-        dice = 2 * times / (alone[0][s] + alone[1][t])
-        if times > 1:
-            best[0][s] = max(best[0].get(s, (0.0, "")), (dice, t))
-            best[1][t] = max(best[1].get(t, (0.0, "")), (dice, s))
-    mutual = [(s, t) for s, (_, t) in best[0].items() if best[1][t][1] == s]
-    return list(dict.fromkeys([*given, *mutual]))
+    cut = [(words_of(source), words_of(target)) for source, target in pairs]
+    given = [(left[0], right[0]) for left, right in cut if len(left) == len(right) == 1]
+    sentences = [(set(left), set(right)) for left, right in cut if max(len(left), len(right)) > 1]
+    sides = [sorted({word for both in sentences for word in both[side]}) for side in (0, 1)]
+    place = [{word: i for i, word in enumerate(side)} for side in sides]
+    alone = [np.zeros(len(side), np.int64) for side in sides]
+    keys, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for start in range(0, len(sentences), SENTENCES):
+        met = []
+        for both in sentences[start : start + SENTENCES]:
+            left, right = (np.array([place[i][w] for w in both[i]], np.int64) for i in (0, 1))
+            alone[0][left] += 1
+            alone[1][right] += 1
+            met.append((left[:, None] * len(sides[1]) + right).ravel())
+        found, counts = np.unique(np.concatenate(met), return_counts=True)
+        keys, inverse = np.unique(np.concatenate([keys, found]), return_inverse=True)
+        times = np.bincount(inverse, np.concatenate([times, counts]), minlength=len(keys)).astype(np.int64)
+    keys, times = keys[times > 1], times[times > 1]
+    if not len(keys):
+        return list(dict.fromkeys(given))
+    left, right = keys // len(sides[1]), keys % len(sides[1])
+    dice = 2 * times / (alone[0][left] + alone[1][right])
+    mutual = _best(left, dice) & _best(right, dice)
+    chosen = [(sides[0][s], sides[1][t]) for s, t in zip(left[mutual], right[mutual], strict=True)]
+    return list(dict.fromkeys([*given, *chosen]))
+
+
+def _best(owner: NDArray[np.int64], score: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether an entry has its owner's highest score; of equals the last."""
+    order = np.lexsort((np.arange(len(owner)), score, owner))
+    last = np.append(owner[order][1:] != owner[order][:-1], True)
+    made = np.zeros(len(owner), np.bool_)
+    made[order[last]] = True
+    return made
 
 
 def procrustes(given: Tensor, wanted: Tensor) -> Tensor:
@@ -123,24 +141,27 @@ def token_embeddings(
     """``(tokens, d)``: of each token the mean over the words in which it occurs, weighted by how often."""
     size = max(tokenizer.get_vocab().values()) + 1
     counts: Counter[tuple[int, int]] = Counter()
-    for text in texts:
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            for word in _touched(text, start, end):
-                if word in vocabulary:
-                    counts[token, vocabulary[word]] += 1
+    for (surface, piece), times in sorted(_pieces(tokenizer, texts).items()):
+        inside = [vocabulary[word] for word in words_of(surface) if word in vocabulary]
+        for token in tokenizer.model.tokenize(piece):
+            for word in inside:
+                counts[token.id, word] += times
     places = torch.tensor(list(counts)).T if counts else torch.zeros(2, 0, dtype=torch.long)
-    times = torch.tensor(list(counts.values()), dtype=torch.float64)
-    weights = torch.sparse_coo_tensor(places, times, (size, len(vocabulary))).to_sparse_csr()
-    made = weights @ words
+    weights = torch.tensor(list(counts.values()), dtype=torch.float64)
+    made = torch.sparse_coo_tensor(places, weights, (size, len(vocabulary))).to_sparse_csr() @ words
     length = made.norm(dim=1, keepdim=True)
     return torch.where(length > 1e-9, made / length.clamp(min=1e-9), 0.0)
 
 
-def _touched(text: str, start: int, end: int) -> list[str]:
-    """Words of which the characters ``start`` to ``end`` are a part."""
-    while start and text[start - 1].isalpha() and text[start:end][:1].isalpha():
-        start -= 1
-    while end < len(text) and text[end].isalpha() and text[start:end][-1:].isalpha():
-        end += 1
-    return words_of(text[start:end])
+def _pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> Counter[tuple[str, str]]:
+    """Words as they stand in the text and as the tokenizer's model is given them, with their counts."""
+    found: Counter[tuple[str, str]] = Counter()
+    for text in texts:
+        if tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        if tokenizer.pre_tokenizer is None:
+            found.update((word, word) for word in text.split())
+        else:
+            parts = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+            found.update((text[start:end], piece) for piece, (start, end) in parts)
+    return found
