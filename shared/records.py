@@ -275,7 +275,7 @@ def parse_line(raw: bytes) -> Record:
     except UnicodeDecodeError as exc:
         raise ValueError(f"not UTF-8: byte 0x{raw[exc.start]:02x} at byte {exc.start + 1}") from exc
     try:
-        record = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        record = _DECODER.decode(text)
     except json.JSONDecodeError as exc:
         cut = "; the line seems cut off" if exc.pos >= len(text.rstrip()) or "Unterminated" in exc.msg else ""
         raise ValueError(f"not JSON: {exc.msg} at column {exc.colno}{cut}") from exc
@@ -297,6 +297,10 @@ def _finite(text: str) -> float:
     return value
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 def dump_line(record: Record) -> bytes:
     """One record as a UTF-8 line; lone surrogates stay escaped, so that the line is valid UTF-8.
 
@@ -304,7 +308,7 @@ def dump_line(record: Record) -> bytes:
         ToolError: the record holds what JSON cannot: NaN, an infinity, bytes, or too deep a nesting.
     """
     try:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        text = _ENCODER.encode(record)
         try:
             return (text + "\n").encode("utf-8")
         except UnicodeEncodeError:

@@ -42,7 +42,7 @@ class Filter:
         """For each record the first rule that it breaks, or None."""
         src, tgt = [r["src"] for r in records], [r["tgt"] for r in records]
         found: list[str | None] = [None] * len(records)
-        for name, dropped in self._text_rules(src, tgt):
+        for name, dropped in self._text_rules(rules.Side(src), rules.Side(tgt)):
             for i in np.flatnonzero(dropped).tolist():
                 found[i] = found[i] or name
         if self.params.min_score is not None:
@@ -54,14 +54,9 @@ class Filter:
             self._by_copies(src, tgt, found)
         return found
 
-    def _text_rules(self, src: list[str], tgt: list[str]) -> Iterator[tuple[str, rules.Bools]]:
+    def _text_rules(self, src: rules.Side, tgt: rules.Side) -> Iterator[tuple[str, rules.Bools]]:
         params = self.params
-        yield (
-            "empty side",
-            np.fromiter(
-                (not a or not b or a.isspace() or b.isspace() for a, b in zip(src, tgt)), bool, len(src)
-            ),
-        )
+        yield "empty side", rules.empty_rule(src, tgt)
         yield from rules.length_rule(src, tgt, params).items()
         if params.untranslated:
             yield "untranslated", rules.untranslated_rule(src, tgt)

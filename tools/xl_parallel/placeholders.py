@@ -38,6 +38,8 @@ def numbers(text: str) -> list[str]:
 
 
 def _digits(number: str) -> str:
+    if number.isdecimal() and number.isascii():
+        return number
     joined = _SEPARATOR.sub("", number)
     if joined.isascii():
         return joined

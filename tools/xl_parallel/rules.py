@@ -18,40 +18,65 @@ Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Texts = Sequence[str]
 
-_SPACES = np.array([9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 0x85, 0xA0, 0x3000], np.uint32)
+#: A copy that differs in marks alone is at most this much longer.
+_MARKS = 3
+_OPENING = "\"'«»“”‘’„‹›([{<¿¡*_-–—.…:;,!? \u00a0"
+
+SPACE, DIGIT, MARKER = 1, 2, 4
+#: Code points from here on are none of the three.
+_END = 0x20000
 
 
-def characters(texts: Texts) -> Ints:
-    """``(n,)``: length of each text in characters."""
-    return np.fromiter(map(len, texts), np.int64, len(texts))
+@cache
+def _classes() -> NDArray[np.uint8]:
+    """White space, decimal digits of any script, and what placeholders begin with, as bits."""
+    made = np.zeros(_END + 1, np.uint8)
+    for code in range(_END):
+        character = chr(code)
+        made[code] = (
+            SPACE * character.isspace() + DIGIT * character.isdecimal() + MARKER * (character in MARKERS)
+        )
+    return made
 
 
-def words(texts: Texts) -> Ints:
-    """``(n,)``: runs of characters other than white space, counted in one pass over all texts."""
-    codes, starts = _codes(texts)
-    space = np.isin(codes, _SPACES) | ((codes >= 0x2000) & (codes <= 0x200A))
-    begins = ~space
-    begins[1:] &= space[:-1]
-    begins[starts[:-1][np.diff(starts) > 0]] = ~space[starts[:-1][np.diff(starts) > 0]]
-    return np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(begins)])[starts])
+class Side:
+    """The texts of one side of a batch, with what one pass over their characters tells.
+
+    Attributes:
+        characters: ``(n,)``: the length of each.
+        words: ``(n,)``: runs of characters other than white space.
+        kinds: ``(n,)``: the classes of its characters, as bits.
+    """
+
+    def __init__(self, texts: Texts) -> None:
+        self.texts = texts
+        self.characters = np.fromiter(map(len, texts), np.int64, len(texts))
+        codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+        classes = _classes()[np.minimum(codes, _END)]
+        full = np.flatnonzero(self.characters)
+        starts = (np.cumsum(self.characters) - self.characters)[full]
+        visible = (classes & SPACE) == 0
+        begins = visible.copy()
+        begins[1:] &= ~visible[:-1]
+        begins[starts] = visible[starts]
+        self.words = np.zeros(len(texts), np.int64)
+        self.kinds = np.zeros(len(texts), np.uint8)
+        if len(full):
+            self.words[full] = np.add.reduceat(begins, starts, dtype=np.int64)
+            self.kinds[full] = np.bitwise_or.reduceat(classes, starts)
+
+    def has(self, kind: int) -> Bools:
+        """``(n,)``: whether a text has a character of this class."""
+        return (self.kinds & kind) != 0
 
 
-def contains(texts: Texts, wanted: Callable[[NDArray[np.uint32]], Bools]) -> Bools:
-    """``(n,)``: whether a text has a character for which ``wanted`` holds."""
-    codes, starts = _codes(texts)
-    counts = np.concatenate([np.zeros(1, np.int64), np.cumsum(wanted(codes))])
-    return np.diff(counts[starts]) > 0
+def empty_rule(src: Side, tgt: Side) -> Bools:
+    return (src.words == 0) | (tgt.words == 0)
 
 
-def _codes(texts: Texts) -> tuple[NDArray[np.uint32], Ints]:
-    codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    return codes, np.concatenate([np.zeros(1, np.int64), np.cumsum(characters(texts))])
-
-
-def length_rule(src: Texts, tgt: Texts, params: FilterParams) -> dict[str, Bools]:
+def length_rule(src: Side, tgt: Side, params: FilterParams) -> dict[str, Bools]:
     """Sides that are too short, too long, or too unequal."""
-    count = characters if params.unit == "char" else words
-    a, b = count(src), count(tgt)
+    a, b = (s.characters if params.unit == "char" else s.words for s in (src, tgt))
     shorter, longer = np.minimum(a, b), np.maximum(a, b)
     return {
         "too short": shorter < params.min_length,
@@ -60,48 +85,36 @@ def length_rule(src: Texts, tgt: Texts, params: FilterParams) -> dict[str, Bools
     }
 
 
-@cache
-def _decimals() -> Bools:
-    return np.fromiter((chr(c).isdecimal() for c in range(0x20000)), bool, 0x20000)
-
-
-def digit(codes: NDArray[np.uint32]) -> Bools:
-    """Decimal digits of any script."""
-    return _decimals()[np.minimum(codes, 0x1FFFF)]
-
-
-def number_rule(src: Texts, tgt: Texts) -> Bools:
+def number_rule(src: Side, tgt: Side) -> Bools:
     """Other numbers on the two sides; texts without a digit are not looked at."""
-    return _differ(src, tgt, contains(src, digit) | contains(tgt, digit), numbers)
+    return _differ(src, tgt, src.has(DIGIT) | tgt.has(DIGIT), numbers)
 
 
-def placeholder_rule(src: Texts, tgt: Texts) -> Bools:
-    markers = np.array([ord(c) for c in MARKERS], np.uint32)
-
-    def marks(codes: NDArray[np.uint32]) -> Bools:
-        return np.isin(codes, markers)
-
-    return _differ(src, tgt, contains(src, marks) | contains(tgt, marks), placeholders)
+def placeholder_rule(src: Side, tgt: Side) -> Bools:
+    """Other placeholders on the two sides; texts without a mark that begins one are not looked at."""
+    return _differ(src, tgt, src.has(MARKER) | tgt.has(MARKER), placeholders)
 
 
-def _differ(src: Texts, tgt: Texts, looked_at: Bools, found: Callable[[str], list[str]]) -> Bools:
-    dropped = np.zeros(len(src), bool)
+def _differ(src: Side, tgt: Side, looked_at: Bools, found: Callable[[str], list[str]]) -> Bools:
+    dropped = np.zeros(len(looked_at), bool)
     for i in np.flatnonzero(looked_at).tolist():
-        dropped[i] = found(src[i]) != found(tgt[i])
+        dropped[i] = found(src.texts[i]) != found(tgt.texts[i])
     return dropped
 
 
-def untranslated_rule(src: Texts, tgt: Texts) -> Bools:
+def untranslated_rule(src: Side, tgt: Side) -> Bools:
     """The same letters and digits on both sides, case aside, at least one letter among them."""
-    same = np.fromiter((a == b or a.lower() == b.lower() for a, b in zip(src, tgt)), bool, len(src))
-    lengths = characters(src), characters(tgt)
-    near = np.flatnonzero(~same & (np.abs(lengths[0] - lengths[1]) <= 3))
-    for i in near.tolist():
-        if src[i][:1].lower() == tgt[i][:1].lower():
-            same[i] = skeleton(src[i]) == skeleton(tgt[i])
-    for i in np.flatnonzero(same).tolist():
-        same[i] = any(c.isalpha() for c in src[i])
+    same = np.zeros(len(src.texts), bool)
+    for i in np.flatnonzero(np.abs(src.characters - tgt.characters) <= _MARKS).tolist():
+        a, b = src.texts[i], tgt.texts[i]
+        if a == b or (_beginning(a) == _beginning(b) and skeleton(a) == skeleton(b)):
+            same[i] = any(c.isalpha() for c in a)
     return same
+
+
+def _beginning(text: str) -> str:
+    """Cheap; the same for texts of one skeleton, but for those that begin with rare marks."""
+    return text.lstrip(_OPENING)[:1].lower()
 
 
 @cache
