@@ -217,6 +217,29 @@ def test_a_stack_written_without_its_base_loads_and_swaps_its_language(
     torch.testing.assert_close(swapped(input_ids).logits, expected)
 
 
+def test_compositions_side_by_side_switch_by_name(
+    base: LlamaForCausalLM, input_ids: torch.Tensor, saved: Make, tmp_path: Path
+) -> None:
+    """As a chat switches languages: one with an invertible adapter, one without, under the same task."""
+    folders, _ = saved(
+        bottleneck("pfeiffer"), bottleneck("pfeiffer", invertible=True), bottleneck("pfeiffer", 5)
+    )
+    parts = [read_part(f, f.name) for f in folders]
+    model, alone = None, {}
+    for index, name in enumerate(("plain", "cy")):
+        (tmp_path / name).mkdir()
+        write_parts(tmp_path / name, [parts[index], parts[2]], "stack", "somewhere")
+        alone[name] = composed(base, [folders[index], folders[2]], "stack")(input_ids).logits
+        if model is None:
+            model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name, adapter_name=name)
+        else:
+            model.load_adapter(tmp_path / name, adapter_name=name)
+    assert not torch.allclose(*alone.values())
+    for name in ("cy", "plain", "cy"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(input_ids).logits, alone[name])
+
+
 def test_only_what_composes_is_trained(base: LlamaForCausalLM, input_ids: torch.Tensor, saved: Make) -> None:
     language = bottleneck("pfeiffer", invertible=True)
     folders, _ = saved(bottleneck("pfeiffer"), bottleneck("pfeiffer"), language)
