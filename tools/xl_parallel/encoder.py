@@ -2,9 +2,10 @@
 
 Each side's texts are tf-idf vectors of hashed character n-grams and words, scaled to length 1: X ``(n, p)``,
 Y ``(n, q)``. The singular vectors of the cross-covariance ``Xᵀ Y = U S Vᵀ`` (two-block partial least squares)
-bring them into one space: ``z(x) = x U S^POWER`` and ``z(y) = y V S^POWER``. The cosine of a pair's vectors
-is high where the grams of one side go with those of the other in the pairs seen. Singular vectors are found
-by randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from a fixed seed.
+bring them into one space, ``z(x) = x U`` and ``z(y) = y V``. The cosine of a pair's vectors is high where the
+grams of one side go with those of the other in the pairs seen. Weighing the directions by powers of S made
+retrieval worse. Singular vectors are found by randomised subspace iteration (Halko, Martinsson and Tropp
+2011, algorithm 4.4) from a fixed seed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ Floats = NDArray[np.float32]
 
 CONFIG = "encoder.json"
 WEIGHTS = "encoder.safetensors"
-#: Exponent of the singular values: 0 is plain canonical directions, 1 weighs them by their covariance.
-POWER = 0.5
 _OVERSAMPLING = 16
 _ITERATIONS = 1
 
@@ -162,7 +161,7 @@ def train(
     if not len(s):
         raise ToolError("no n-gram comes in two texts of a side: too few pairs to learn from")
     made = [
-        Side(side.languages, side.hashes, side.idf, (vectors * s**POWER / s[0] ** POWER).astype(np.float16))
+        Side(side.languages, side.hashes, side.idf, vectors.astype(np.float16))
         for side, vectors in zip(sides, (u, v))
     ]
     return Encoder(made[0], made[1], s.astype(np.float32), len(pairs))

@@ -27,7 +27,7 @@ class ExtractParams:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderParams:
-    dim: int = option(256, help="Dimensions of the vectors.", min=1, max=4096)
+    dim: int = option(384, help="Dimensions of the vectors.", min=1, max=4096)
     features: int = option(30000, help="Character n-grams and words kept a side.", min=1)
 
 
