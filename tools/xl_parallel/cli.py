@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from tuneutils.shared.command import Run, Summary, tool, tool_group
 from tuneutils.tools.xl_parallel.params import AlignParams, EncoderParams, ExtractParams
-from tuneutils.tools.xl_parallel.params_pairs import FilterParams, MineParams, ScoreParams, SplitParams
+from tuneutils.tools.xl_parallel.params_pairs import (
+    BacktranslateParams,
+    CodeswitchParams,
+    FilterParams,
+    MineParams,
+    ScoreParams,
+    SplitParams,
+)
 
 main = tool_group(
     "xl-parallel",
@@ -107,6 +114,37 @@ def filter_(run: Run[FilterParams]) -> Summary:
     from tuneutils.tools.xl_parallel.filtering import filter_pairs
 
     return filter_pairs(run)
+
+
+@tool(
+    "codeswitch", CodeswitchParams, group="data", inputs="RECORDS", output="record stream", streams=True,
+    uses_model=False, parent=main,
+)  # fmt: skip
+def codeswitch(run: Run[CodeswitchParams]) -> Summary:
+    """Put some words of RECORDS into another language, by a dictionary.
+
+    Of a pair, a word takes the form that it has in the other side, and is left where it has none there; of
+    a text alone, the dictionary's form, where it lists the word as it stands. Casing is kept; placeholders,
+    addresses, options and code stay.
+    """
+    from tuneutils.tools.xl_parallel.codeswitch import codeswitch
+
+    return codeswitch(run)
+
+
+@tool(
+    "backtranslate", BacktranslateParams, group="data", inputs="RECORDS", output="record stream",
+    streams=True, parent=main,
+)  # fmt: skip
+def backtranslate(run: Run[BacktranslateParams]) -> Summary:
+    """Make pairs of text in one language: a machine's translation is the source side, the text the target.
+
+    The translator is a model, asked by its chat template, or a command such as 'apertium -u es-en' that
+    gives a line for a line.
+    """
+    from tuneutils.tools.xl_parallel.backtranslate import backtranslate
+
+    return backtranslate(run)
 
 
 if __name__ == "__main__":
