@@ -54,7 +54,7 @@ def codeswitch(run: Run[CodeswitchParams]) -> dict[str, Any]:
             writer.write({**made, "switched_lang": to_lang} if to_lang else made)
         if not counts["records switched"] and params.share > 0:
             raise ToolError(
-                f"{params.dictionary}: switches no word of {reader.stats.read} records; are the languages swapped?"
+                f"{params.dictionary}: has no word of the {reader.stats.read} records; languages swapped?"
             )
     metrics = {
         "records": reader.stats.read, **{k.replace(" ", "_"): n for k, n in sorted(counts.items())},
