@@ -33,15 +33,9 @@ class Twin:
     axis: str
 
 
-def parse(record: Record) -> Record:
-    """A record with ``id`` or ``twin_of``.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    if "id" not in record and "twin_of" not in record:
-        raise ValueError("needs the field id (a source) or twin_of (a twin); cf-augment write makes both")
-    return record
+def parse(record: Record) -> list[Record]:
+    """The record, or nothing of one with neither ``id`` nor ``twin_of``: it named nobody, and has no twin."""
+    return [record] if "id" in record or "twin_of" in record else []
 
 
 def pair(records: Sequence[Record]) -> list[Twin]:

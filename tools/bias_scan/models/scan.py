@@ -136,7 +136,8 @@ def _read(run: Run[ModelParams], art: Artifact, test: str, path: str) -> TestSet
     parsed: list[tuple[Located, list[Any]]] = []
     for located in reader.located():
         try:
-            parsed.append((located, parse(located.record)))
+            if items := parse(located.record):
+                parsed.append((located, items))
         except ValueError as exc:
             reader.refuse(located, str(exc))
     if not parsed:
@@ -174,7 +175,7 @@ def _parser(test: str) -> Callable[[Record], list[Any]]:
     if test == "consistency":
         from tuneutils.tools.bias_scan.models import consistency
 
-        return lambda record: [consistency.parse(record)]
+        return consistency.parse
     one: dict[str, Callable[[Record], Any]] = {
         "crows-pairs": crows_pairs.parse,
         "stereoset": stereoset.parse,

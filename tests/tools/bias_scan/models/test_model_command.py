@@ -210,7 +210,7 @@ def test_likelihoods_of_twins(workdir: Path, click_cli: Cli, tiny_model: Path) -
         with torch.no_grad():
             return -float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
 
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [{"text": "It rained, and nobody is named."}]
     for i in range(4):
         rows.append({"id": f"{i}", "text": f"He saw {i} birds and his dog."})
         rows.append(
@@ -236,7 +236,7 @@ def test_likelihoods_of_twins(workdir: Path, click_cli: Cli, tiny_model: Path) -
     )
     assert done.code == 0, done.stderr
     found = {r["metric"]: r for r in report()["rows"]}
-    moves = [likelihood(rows[2 * i + 1]["text"]) - likelihood(rows[2 * i]["text"]) for i in range(4)]
+    moves = [likelihood(rows[2 * i + 2]["text"]) - likelihood(rows[2 * i + 1]["text"]) for i in range(4)]
     assert found["likelihood-gap"]["value"] == pytest.approx(sum(map(abs, moves)) / 4, rel=1e-4)
     assert found["source-preference"]["value"] == 100 * sum(m < 0 for m in moves) / 4
     assert found["likelihood-gap"]["n"] == 4
