@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from collections import Counter
@@ -20,8 +21,9 @@ from tuneutils.tools.xl_parallel.placeholders import PLACEHOLDER
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _ADDRESS = re.compile(r"\S+@\S+|\w+://\S+|(?<!\w)[~/]\w*/\S*|(?<!\w)--?\w[\w-]*|`[^`]*`")
-#: An inflected form may differ from the dictionary's in ENDING last characters, and shares STEM first ones.
-ENDING, STEM = 3, 4
+#: An inflected form has this share of the dictionary's form as its beginning, at least STEM characters, and at
+#: most ENDING others.
+BEGINNING, STEM, ENDING = 0.7, 3, 3
 
 
 def codeswitch(run: Run[CodeswitchParams]) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def translate(word: str, forms: dict[str, str] | None, dictionary: Dictionary) -
 
 def _inflected(sense: str, words: Sequence[str]) -> str | None:
     """The word that begins like ``sense``, their last characters apart; the longest beginning wins."""
-    best, longest = None, max(STEM, len(sense) - ENDING) - 1
+    best, longest = None, max(STEM, math.ceil(BEGINNING * len(sense))) - 1
     for word in words:
         common = next((i for i, (a, b) in enumerate(zip(sense, word)) if a != b), min(len(sense), len(word)))
         if common > longest and len(word) - common <= ENDING:

@@ -93,13 +93,12 @@ def read_pile(path: str) -> Pile:
         lines = [r["text"] for r in Reader([path], formats=("text",))]
     else:
         lines = read_lines(path)
+    as_written = dict(zip(reversed(lines), range(len(lines), 0, -1)))  # each distinct line, where it is first
     first: dict[str, int] = {}
-    full = 0
-    for number, line in enumerate(lines, 1):
-        text = " ".join(line.split())
-        if text:
-            full += 1
+    for line, number in sorted(as_written.items(), key=lambda item: item[1]):
+        if text := " ".join(line.split()):
             first.setdefault(text, number)
+    full = sum(not line.isspace() for line in lines if line)
     if not first:
         raise ToolError(f"{path}: no sentences")
     return Pile(list(first), list(first.values()), full - len(first))
