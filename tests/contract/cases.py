@@ -170,6 +170,30 @@ def principles(assets: Assets) -> Path:
 QUICK_GUARD = ("--budget", "0.5", "--folds", "2", "--calibration-share", "0.4", "--layers", "2")
 
 
+def sentence_encoder(assets: Assets) -> Path:
+    """A sentence encoder learnt from the parallel records."""
+    path = assets.records / "encoder"
+    if not path.exists():
+        args = ("-q", "--dim", "4", "-o", path, assets.stream("parallel"))
+        assert invoke(load_tool("xl-parallel"), "encoder", *args).code == 0
+    return path
+
+
+def pile(assets: Assets, side: str) -> Path:
+    """One side of the parallel records, a sentence a line."""
+    path = assets.records / f"{side}.txt"
+    lines = (json.loads(line)[side] for line in assets.stream("parallel").read_text("utf-8").splitlines())
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def word_pairs(assets: Assets) -> Path:
+    """A dictionary of words that come in the texts."""
+    path = assets.records / "words.tsv"
+    path.write_text("bird\tave\nwater\tagua\nthe\tel\nand\ty\n", encoding="utf-8")
+    return path
+
+
 def sentence_pairs(assets: Assets) -> Path:
     """Two pairs of a stereotype and its opposite."""
     path = assets.records / "pairs.jsonl"
@@ -490,6 +514,59 @@ CASES = [
         lambda a: ["-m", a.model, "--reward", "builtin:length", "--max-new-tokens", "4", *CPU],
         makes="nothing",
         paths=("-m", "--reward"),
+    ),
+    Case(
+        "xl-parallel mine",
+        lambda a: [pile(a, "src"), pile(a, "tgt")],
+        lambda a: ["--src-lang", "en", "--tgt-lang", "xx", "--encoder", sentence_encoder(a)],
+        makes="stream",
+        output="out.jsonl",
+        paths=("--tune", "--gold"),
+        long=False,
+    ),
+    Case(
+        "xl-parallel score",
+        lambda a: [a.stream("parallel")],
+        lambda a: ["--encoder", sentence_encoder(a)],
+        reads="parallel",
+        makes="stream",
+        output="out.jsonl",
+        stdin=True,
+    ),
+    Case(
+        "xl-parallel filter",
+        lambda a: [a.stream("parallel")],
+        lambda _: ["--no-duplicates", "--no-numbers"],
+        reads="parallel",
+        makes="stream",
+        output="out.jsonl",
+        stdin=True,
+    ),
+    Case(
+        "xl-parallel split",
+        lambda a: [a.stream("parallel")],
+        lambda _: ["--split", "train=0.5,test=0.5", "--near-copies", "1"],
+        reads="parallel",
+        stdin=True,
+    ),
+    Case(
+        "xl-parallel codeswitch",
+        lambda a: [a.stream("text")],
+        lambda a: ["--dictionary", word_pairs(a), "--share", "1"],
+        reads="text",
+        makes="stream",
+        output="out.jsonl",
+        paths=("--dictionary",),
+        stdin=True,
+    ),
+    Case(
+        "xl-parallel backtranslate",
+        lambda a: [a.stream("text")],
+        lambda _: ["--from-lang", "xx", "--to-lang", "en", "--command", "rev", *CPU],
+        reads="text",
+        makes="stream",
+        output="out.jsonl",
+        stdin=True,
     ),
     Case(
         "guard probe",

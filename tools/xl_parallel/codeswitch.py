@@ -21,8 +21,8 @@ from tuneutils.tools.xl_parallel.placeholders import PLACEHOLDER
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _ADDRESS = re.compile(r"\S+@\S+|\w+://\S+|(?<!\w)[~/]\w*/\S*|(?<!\w)--?\w[\w-]*|`[^`]*`")
-#: An inflected form has this share of the dictionary's form as its beginning, at least STEM characters, and at
-#: most ENDING others.
+#: An inflected form begins as the dictionary's does, for this share of it and STEM characters at least; only
+#: ENDING others may follow.
 BEGINNING, STEM, ENDING = 0.7, 3, 3
 
 
