@@ -75,7 +75,8 @@ def _configuration(stored: Stored, folder: Path, size: int) -> None:
 
     for path in sorted(stored.folder.iterdir()):
         licence = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        kept = path.name in ("generation_config.json",) or licence
+        code = stored.trust_remote_code and path.suffix == ".py"
+        kept = path.name == "generation_config.json" or licence or code
         if path.is_file() and kept:
             (folder / path.name).write_bytes(path.read_bytes())
     config = dict(stored.config)
