@@ -99,7 +99,8 @@ def exact(args: argparse.Namespace, work: Path) -> None:
             output = outputs[kl_coef, seed] = work / f"exact-{kl_coef:g}-{seed}"
             start = ("-m", model, "-r", f"{Path(__file__).stem}:letters", prompts, *sampling, "--seed", seed)
             line = ("ppo-run", "train", "-q", *start, *recipe(args, kl_coef), "-o", output)
-            call(*line, cwd=Path(__file__).resolve().parent)
+            if not (output / "artifact.json").exists():
+                call(*line, cwd=Path(__file__).resolve().parent)
     reference, rewards = distribution(str(model), args.prompt)
     print(f"prompt {args.prompt!r}, reward of the reference {reference @ rewards:.4f}\n")
     columns = ("β", "seed", "KL", "reward", "best-of-n there", "optimum there", "gap", "optimum of β")
