@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 Vectors = NDArray[np.float32]
 
 #: Chosen on the development part of Bleualign's German-French articles.
-SKIP, LENGTH, SIZE, MANY = 0.6, 0.035, 0.137, 0.025
+SKIP, LENGTH, SIZE, MANY = 0.6, 0.035, 0.137, 0.02
 #: Rows of the table whose similarities are made by one matrix product.
 _CHUNK = 64
 
