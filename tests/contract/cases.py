@@ -516,6 +516,28 @@ CASES = [
         paths=("-m", "--reward"),
     ),
     Case(
+        "xl-parallel extract",
+        lambda a: [pile(a, "src"), pile(a, "tgt")],
+        lambda _: ["--src-lang", "en", "--tgt-lang", "xx"],
+        makes="stream",
+        output="out.jsonl",
+    ),
+    Case(
+        "xl-parallel encoder",
+        lambda a: [a.stream("parallel")],
+        lambda _: ["--dim", "4"],
+        reads="parallel",
+        stdin=True,
+    ),
+    Case(
+        "xl-parallel align",
+        lambda a: [pile(a, "src"), pile(a, "tgt")],
+        lambda _: ["--src-lang", "en", "--tgt-lang", "xx"],
+        makes="stream",
+        output="out.jsonl",
+        paths=("--dictionary", "--encoder"),
+    ),
+    Case(
         "xl-parallel mine",
         lambda a: [pile(a, "src"), pile(a, "tgt")],
         lambda a: ["--src-lang", "en", "--tgt-lang", "xx", "--encoder", sentence_encoder(a)],

@@ -171,7 +171,7 @@ def _threshold(given: str | None) -> float | None:
     metrics = load_manifest(beside).get("metrics", {})
     if "tuned" not in metrics:
         raise ToolError(f"--threshold {given}: was not written with --tune", code=ExitCode.USAGE)
-    return float(metrics["tuned"]["threshold"])
+    return float(metrics["threshold"])
 
 
 def _write(run: Run[MineParams], pairs: Pairs, src: Pile, tgt: Pile, threshold: float | None) -> int:
@@ -205,7 +205,7 @@ def _metrics(
         )  # fmt: skip
     counts = {"src": len(src.texts), "tgt": len(tgt.texts), "repeated": [src.repeated, tgt.repeated]}
     shown = {
-        name: {k: round(v, 6) if isinstance(v, float) else v for k, v in vars(r).items()}
+        name: {k: round(v, 6) if isinstance(v, float) else v for k, v in vars(r).items() if k != "threshold"}
         for name, r in results.items()
     }
     return {"pairs": written, "sentences": counts, "threshold": threshold, **shown}
