@@ -30,6 +30,9 @@ Floats = NDArray[np.float64]
 #: Shares of the views in a similarity: what is spelt alike, glosses by a dictionary, an encoder's vectors.
 SPELLING, GLOSS, ENCODER = 0.14, 0.4, 0.2
 
+#: Cells of a table that Gale-Church, which has no band, may fill.
+_WHOLE = 50_000_000
+
 
 @dataclass(frozen=True)
 class Aligned:
@@ -77,6 +80,12 @@ def align_texts(src: Sequence[str], tgt: Sequence[str], params: AlignParams) -> 
     method = _method(params)
     sizes = [np.array([len(t) for t in side], np.float64) for side in (src, tgt)]
     if method == "gale-church":
+        if len(src) * len(tgt) > _WHOLE:
+            raise ToolError(
+                f"{len(src)} by {len(tgt)} sentences are too many for lengths alone, which fills the whole "
+                "table; try --method dictionary, or align chapters",
+                code=ExitCode.USAGE,
+            )
         return [Aligned(b, None) for b in _by_length(sizes[0], sizes[1])]
     views = _views(src, tgt, params, method)
     kinds = kinds_up_to(params.max_size)
