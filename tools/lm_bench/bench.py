@@ -13,6 +13,7 @@ from tuneutils.shared.artifact import Artifact, Input, describe_input, portable_
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
 from tuneutils.tools.lm_bench import report as reports
+from tuneutils.tools.lm_bench.gate import check_rises, parse_rises
 from tuneutils.tools.lm_bench.measured import Measured
 from tuneutils.tools.lm_bench.params import Params
 from tuneutils.tools.lm_bench.plot import write_plots
@@ -33,9 +34,11 @@ def bench(run: Run[Params]) -> dict[str, Any]:
 
     Raises:
         ToolError: bad input, or a model that cannot be measured, by name.
+        GateFailed: a metric rose too far; the report is written all the same.
     """
     params = run.params
     entries, baseline = _entries(run)
+    limits = parse_rises(params.max_rise, params.baseline)
     fresh = [e for e in entries if not e.report]
     asked = [*params.records, *params.task, *filter(None, [params.general])]
     if fresh and not asked and not params.speed:
@@ -58,6 +61,7 @@ def bench(run: Run[Params]) -> dict[str, Any]:
             _write(run, art, report, models, runs)
     except UpToDate as done:
         _check_labels(run, entries)
+        check_rises(limits, json.loads((Path(str(run.output)) / reports.REPORT).read_text(encoding="utf-8")))
         if not params.speed or not fresh:
             raise
         runs = _measure_speed(run, fresh, runs)
@@ -65,6 +69,7 @@ def bench(run: Run[Params]) -> dict[str, Any]:
         report = json.loads((Path(str(run.output)) / reports.REPORT).read_text(encoding="utf-8"))
         run.log.info("%s is up to date; speed measured again (%s)", run.output, done)
     _show(run, report, runs)
+    check_rises(limits, report)
     line = {"choice_line": choice_line(report, runs)} if "choice" in report else {}
     return {"output": run.output, **report, "runs": runs, **line}
 

@@ -40,6 +40,12 @@ class Params:
     baseline: str | None = option(
         None, help="The model that others are compared with: a label, or one more model or report."
     )
+    max_rise: tuple[str, ...] = option(
+        (),
+        help="Exit 1 when a metric lies above the baseline's by more than this share, e.g. "
+        "heldout:perplexity=0.02. Repeatable.",
+        metavar="TASK:METRIC=SHARE",
+    )
     reference: str | None = option(
         None,
         help="The original: KL and top-1 agreement of the others with it, on the first --records; a label.",

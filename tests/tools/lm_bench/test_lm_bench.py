@@ -106,6 +106,24 @@ def test_a_report_can_be_the_baseline_of_a_model(bench: Cli) -> None:
     assert [m["label"] for m in report()["models"]] == ["base", "b"]
 
 
+def test_a_metric_may_rise_by_a_share_of_the_baselines(bench: Cli) -> None:
+    suite = ("A", "B", "--records", "HELD")
+    assert bench(*suite, "--baseline", "a", output="first").code == 0
+    found = {m["label"]: m["results"]["held"]["perplexity"]["value"] for m in report("first")["models"]}
+    low, high = sorted(found, key=lambda label: found[label])
+    rise = found[high] / found[low] - 1
+    gate = ("--baseline", low, "--max-rise")
+    assert bench(*suite, *gate, f"held:perplexity={rise + 0.001}", output="wide").code == 0
+    assert bench(*suite, *gate, "held:perplexity=0", "--baseline", high, output="fall").code == 0
+    for _ in range(2):  # the second time of a report that is up to date
+        done = bench(*suite, *gate, f"held:perplexity={rise - 0.001}", output="narrow")
+        assert done.code == 1
+        assert f"{high}: held:perplexity rises by {100 * rise:.2f} %" in done.error
+    assert bench(*suite, *gate, "held:perplexty=0.1").code == 2
+    assert bench(*suite, "--max-rise", "held:perplexity=0.1").code == 2
+    assert bench(*suite, *gate, "held:perplexity=nan").code == 2
+
+
 def test_every_byte_of_a_report_repeats(bench: Cli) -> None:
     args = ("A", "B", "--records", "HELD", "--general", "GENERAL", "--baseline", "a", "--generate", "2")
     bench(*args, output="one")
