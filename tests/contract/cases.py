@@ -51,6 +51,8 @@ class Case:
         stdin: reads records from stdin without an input.
         same_again: a second run elsewhere gives the same bytes.
         long: what it makes is as long as what it reads.
+        keeps: its records are those that it reads, with more fields.
+        says: what it says of a record without the fields that it needs.
         label: tells apart the cases of one tool.
     """
 
@@ -64,6 +66,8 @@ class Case:
     stdin: bool = False
     same_again: bool = True
     long: bool = True
+    keeps: bool = True
+    says: str = ""
     label: str = ""
 
     @property
@@ -521,6 +525,8 @@ CASES = [
         lambda _: ["--src-lang", "en", "--tgt-lang", "xx"],
         makes="stream",
         output="out.jsonl",
+        long=False,
+        keeps=False,
     ),
     Case(
         "xl-parallel encoder",
@@ -528,6 +534,7 @@ CASES = [
         lambda _: ["--dim", "4"],
         reads="parallel",
         stdin=True,
+        says="needs the fields src+tgt+src_lang+tgt_lang",
     ),
     Case(
         "xl-parallel align",
@@ -536,6 +543,8 @@ CASES = [
         makes="stream",
         output="out.jsonl",
         paths=("--dictionary", "--encoder"),
+        long=False,
+        keeps=False,
     ),
     Case(
         "xl-parallel mine",
@@ -545,6 +554,7 @@ CASES = [
         output="out.jsonl",
         paths=("--tune", "--gold"),
         long=False,
+        keeps=False,
     ),
     Case(
         "xl-parallel score",
@@ -554,6 +564,7 @@ CASES = [
         makes="stream",
         output="out.jsonl",
         stdin=True,
+        says="needs the fields src+tgt+src_lang+tgt_lang",
     ),
     Case(
         "xl-parallel filter",
@@ -563,6 +574,7 @@ CASES = [
         makes="stream",
         output="out.jsonl",
         stdin=True,
+        says="needs the fields src+tgt+src_lang+tgt_lang",
     ),
     Case(
         "xl-parallel split",
@@ -570,6 +582,7 @@ CASES = [
         lambda _: ["--split", "train=0.5,test=0.5", "--near-copies", "1"],
         reads="parallel",
         stdin=True,
+        says="needs the fields src+tgt+src_lang+tgt_lang",
     ),
     Case(
         "xl-parallel codeswitch",
@@ -580,6 +593,8 @@ CASES = [
         output="out.jsonl",
         paths=("--dictionary",),
         stdin=True,
+        keeps=False,
+        says="field 'text'",
     ),
     Case(
         "xl-parallel backtranslate",
@@ -589,6 +604,8 @@ CASES = [
         makes="stream",
         output="out.jsonl",
         stdin=True,
+        keeps=False,
+        says="field 'text'",
     ),
     Case(
         "guard probe",
