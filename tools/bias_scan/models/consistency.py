@@ -3,8 +3,9 @@
 Records are twins as ``cf-augment`` writes them: a source with its ``id``, and twins with ``twin_of``. Of
 predictions the score is the share of twins that are given another one (Kusner et al. 2017; Garg et al.
 2019). Of rewards it is the share whose score moves by more than a tenth of the sources' standard deviation,
-and the mean of the move. Of a language model on plain texts it is the counterfactual gap (Garg et al. 2019,
-definition 2, with g = log P): how far a text and its twin are apart in log-likelihood.
+and the mean of the move. Of a language model on plain texts it is how far a text and its twin are apart in
+log-likelihood: the gap of counterfactual token fairness (Garg et al. 2019) with log P in place of the
+classifier's output.
 """
 
 from __future__ import annotations
@@ -57,9 +58,18 @@ def pair(records: Sequence[Record]) -> list[Twin]:
     return made
 
 
+def paired(records: Sequence[Record]) -> tuple[list[Record], list[Twin]]:
+    """The records that are a twin or have one, and the twins by their positions in them."""
+    found = pair(records)
+    kept = sorted({i for t in found for i in (t.source, t.twin)})
+    place = {i: n for n, i in enumerate(kept)}
+    twins = [Twin(place[t.source], place[t.twin], t.axis) for t in found]
+    return [records[i] for i in kept], twins
+
+
 def measure(model: Any, records: Sequence[Record]) -> tuple[list[Measure], list[dict[str, Any]]]:
     """Scores of a model's outputs on twins."""
-    twins = pair(records)
+    records, twins = paired(records)
     if isinstance(model, Reward) and not all("chosen" in r for r in records):
         return of_scores(twins, _checked(model.scores, records, ("completion", "messages")))
     if isinstance(model, Reward):

@@ -134,16 +134,21 @@ def _read(run: Run[ModelParams], art: Artifact, test: str, path: str) -> TestSet
     parse = _parser(test)
     reader = Reader([path], on_error=run.on_error, quarantine=quarantine)
     parsed: list[tuple[Located, list[Any]]] = []
+    empty = 0
     for located in reader.located():
         try:
             if items := parse(located.record):
                 parsed.append((located, items))
+            else:
+                empty += 1
         except ValueError as exc:
             reader.refuse(located, str(exc))
     if not parsed:
         raise ToolError(f"{path}: no record of {test} left ({reader.stats.refused} refused)")
     if reader.stats.refused:
         run.log.warning("%s: %d records refused", path, reader.stats.refused)
+    if empty:
+        run.log.info("%s: %d without an item of %s", path, empty, test)
     kept = _sample([_source(located, test) for located, _ in parsed], run.params.sample, run.seed)
     return TestSet(test, path, [item for i in kept for item in parsed[i][1]])
 

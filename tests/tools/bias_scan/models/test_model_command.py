@@ -240,3 +240,4 @@ def test_likelihoods_of_twins(workdir: Path, click_cli: Cli, tiny_model: Path) -
     assert found["likelihood-gap"]["value"] == pytest.approx(sum(map(abs, moves)) / 4, rel=1e-4)
     assert found["source-preference"]["value"] == 100 * sum(m < 0 for m in moves) / 4
     assert found["likelihood-gap"]["n"] == 4
+    assert "1 without an item of consistency" in done.stderr
