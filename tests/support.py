@@ -238,8 +238,8 @@ def forked(call: Callable[[], Result], kill_at: int | None = None) -> tuple[int,
     import signal
 
     count_file = Path("count").absolute()
-    pid = os.fork()
-    if pid == 0:
+
+    def counted() -> int:
         count = 0
 
         def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -251,14 +251,11 @@ def forked(call: Callable[[], Result], kill_at: int | None = None) -> tuple[int,
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        code = 70
-        try:
-            done = call()
-            code = done.code
-            sys.stderr.write(done.stderr)
-        finally:
-            written = count
-            count_file.write_text(str(written))
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
+        done = call()
+        sys.stderr.write(done.stderr)
+        written = count
+        count_file.write_text(str(written))
+        return done.code
+
+    _, status = os.waitpid(fork(counted, stdout=1, stderr=2), 0)
     return os.waitstatus_to_exitcode(status), int(count_file.read_text()) if count_file.exists() else 0
