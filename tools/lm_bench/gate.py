@@ -49,8 +49,10 @@ def check_rises(limits: Mapping[str, float], report: Mapping[str, Any]) -> None:
         task, _, metric = name.rpartition(":")
         before = models[report["baseline"]][task][metric]["value"]
         for label, results in models.items():
-            rise = results[task][metric]["value"] / before - 1
-            if not rise <= share:
+            if task not in results:
+                failures.append(f"{label}: {name} was not measured")
+            elif not (value := results[task][metric]["value"]) <= (1 + share) * before:
+                rise = value / before - 1 if before else math.inf
                 failures.append(f"{label}: {name} rises by {100 * rise:.2f} %, over {100 * share:g} %")
     if failures:
         raise GateFailed("; ".join(failures))
