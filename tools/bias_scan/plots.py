@@ -53,13 +53,14 @@ def _draw(name: str, scores: Sequence[Score], path: Path) -> None:
         if "before" in ranked[0].extra:
             _points(axes, ranked, "before", "C0", -0.12)
             _points(axes, ranked, "after", "C1", 0.12)
-            axes.legend()
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0)
         else:
             _points(axes, ranked, "", "C0", 0.0)
         axes.set_yticks(range(len(ranked)), [(s.group or s.axis)[-28:] for s in ranked])
-        axes.invert_yaxis()
+        axes.set_ylim(len(ranked) - 0.4, -0.6)
         left = f" (the {MOST_GROUPS} largest of {len(scores)})" if len(scores) > MOST_GROUPS else ""
-        axes.set(title=name + left, xlabel=scores[0].metric)
+        axes.set(xlabel=scores[0].metric)
+        axes.set_title(name + left, loc="left")
         figure.savefig(path, metadata={"Software": None})
         plt.close(figure)
 
