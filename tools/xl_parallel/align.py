@@ -22,7 +22,7 @@ from tuneutils.tools.xl_parallel.band import band
 from tuneutils.tools.xl_parallel.beads import Bead, best_path, whole
 from tuneutils.tools.xl_parallel.params import AlignParams
 from tuneutils.tools.xl_parallel.sides import read_lines
-from tuneutils.tools.xl_parallel.similarity import BlockCosts, View, kinds_up_to
+from tuneutils.tools.xl_parallel.similarity import BlockCosts, Vectors, View, kinds_up_to, sums
 from tuneutils.tools.xl_parallel.vectors import encoder_input, open_encoder
 
 Floats = NDArray[np.float64]
@@ -62,13 +62,13 @@ def align(run: Run[AlignParams]) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     with open_writer(str(run.output)) as writer:
         for bead, score in ((a.bead, a.score) for a in beads):
-            kind = f"{bead.src_end - bead.src_start}-{bead.tgt_end - bead.tgt_start}"
-            if "0" in (kind[0], kind[-1]):
+            a, b = bead.src_end - bead.src_start, bead.tgt_end - bead.tgt_start
+            if not a or not b:
                 counts["left out"] += 1
             elif score is not None and params.min_score is not None and score < params.min_score:
                 counts["below --min-score"] += 1
             else:
-                counts[kind] += 1
+                counts[f"{a}-{b}"] += 1
                 writer.write(_record(bead, score, sides, params))
     if params.ladder:
         _write_ladder(Path(params.ladder), [a.bead for a in beads], sides)
@@ -92,14 +92,14 @@ def align_texts(src: Sequence[str], tgt: Sequence[str], params: AlignParams) -> 
 
     def blocks(block: int, left: NDArray[np.int64], width: int) -> tuple[BlockCosts, list[Bead]]:
         summed = [View(_summed(v.src, block), _summed(v.tgt, block), v.weight) for v in views]
-        widths = [_summed(side[:, None], block)[:, 0].astype(np.float64) for side in sizes]
+        widths = [_summed(side, block) for side in sizes]
         costs = BlockCosts(summed, widths[0], widths[1], kinds, left, width)
         n, m = len(widths[0]), len(widths[1])
         return costs, best_path(n, m, kinds, costs, costs.insertion, left, width)
 
     left, width = band(len(src), len(tgt), lambda *at: blocks(*at)[1])
     costs, beads = blocks(1, left, width)
-    return [Aligned(bead, costs.score(bead)) for bead in beads]
+    return [Aligned(bead, score) for bead, score in zip(beads, costs.scores(beads))]
 
 
 def _method(params: AlignParams) -> str:
@@ -134,8 +134,11 @@ def _views(src: Sequence[str], tgt: Sequence[str], params: AlignParams, method: 
     return views
 
 
-def _summed(rows: NDArray[Any], block: int) -> NDArray[Any]:
-    return rows if block == 1 else np.add.reduceat(rows, np.arange(0, len(rows), block), axis=0)
+def _summed(rows: Vectors, block: int) -> Vectors:
+    if block == 1:
+        return rows
+    ends = np.minimum(np.arange(block, rows.shape[0] + block, block), rows.shape[0])
+    return sums(rows, np.diff(ends, prepend=0), ends)
 
 
 def _numbered(path: str) -> list[tuple[int, str]]:

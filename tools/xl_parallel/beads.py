@@ -50,32 +50,31 @@ def best_path(
     Raises:
         ValueError: no path lies within the band.
     """
-    columns = np.arange(width)
+    totals = np.empty((len(kinds), width))
     sums = np.concatenate([[0.0], np.cumsum(insertion), np.zeros(width)])  # the end is beyond the table
     table = np.full((n + 1, width), np.inf)
     back = np.full((n + 1, width), -1, np.int16)  # -1: a target sentence left out
     table[0, : min(width, m + 1)] = sums[: min(width, m + 1)]
-    for i in range(1, n + 1):
-        row_costs = costs(i, int(left[i]), width)
-        row = np.full(width, np.inf)
-        choice = np.full(width, -1, np.int16)
+    starts = left.tolist()
+    for i, start in enumerate(starts[1:], 1):
+        row_costs = costs(i, start, width)
+        totals.fill(np.inf)
         for k, (a, b) in enumerate(kinds):
             if a > i:
                 continue
-            shift = int(left[i] - left[i - a]) - b  # column c here is column c + shift there
-            first, last = max(0, -shift, b - int(left[i])), min(width, width - shift, m + 1 - int(left[i]))
+            shift = start - starts[i - a] - b  # column c here is column c + shift there
+            first, last = max(0, -shift, b - start), min(width, width - shift, m + 1 - start)
             if first >= last:
                 continue
-            total = table[i - a, first + shift : last + shift] + row_costs[k, first:last]
-            better = total < row[first:last]
-            np.copyto(row[first:last], total, where=better)
-            choice[first:last][better] = k
-        slope = sums[left[i] : left[i] + width]
+            before = table[i - a, first + shift : last + shift]
+            np.add(before, row_costs[k, first:last], out=totals[k, first:last])
+        row, choice = totals.min(0), totals.argmin(0)
+        slope = sums[start : start + width]
         running = np.minimum.accumulate(row - slope) + slope
         inserted = running < row - 1e-12
         choice[inserted] = -1
         row = np.where(inserted, running, row)
-        row[columns > m - left[i]] = np.inf
+        row[max(m + 1 - start, 0) :] = np.inf
         table[i], back[i] = row, choice
     return _traced(n, m, kinds, table, back, left)
 

@@ -1,8 +1,6 @@
 """Word-for-word glosses by a bilingual dictionary, and vectors of shared spelling to compare texts by.
 
 A gloss keeps a word that the dictionary does not have, so that names, numbers and cognates still count.
-Both texts are then tf-idf weighted character n-grams, brought to ``DIM`` dimensions by random signs
-(Achlioptas 2003): inner products are kept with a standard error near ``1/√DIM``.
 """
 
 from __future__ import annotations
@@ -10,19 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.records import STREAM_SUFFIXES, Reader
-from tuneutils.tools.xl_parallel.hashed import document_frequencies, matrix
+from tuneutils.tools.xl_parallel.hashed import U64, document_frequencies, matrix
 from tuneutils.tools.xl_parallel.sides import read_lines
 
 Floats = NDArray[np.float32]
 #: Source word, lower case, → its translations, lower case, the first ones first.
 Dictionary = Mapping[str, list[str]]
 
+#: Dimensions of a sketch.
 DIM = 512
 _SIZES = (3, 4, 5)
 _WORD = re.compile(r"\w+")
@@ -73,18 +73,37 @@ def gloss(text: str, dictionary: Dictionary) -> str:
     return " ".join(" ".join(look_up(w, dictionary)[:SENSES] or [w]) for w in words)
 
 
-def spelling(src: Sequence[str], tgt: Sequence[str], seed: int = 0) -> tuple[Floats, Floats]:
-    """Vectors ``(n, DIM)`` and ``(m, DIM)`` by n-grams of characters, weighted by their rarity in both.
+def spelling(src: Sequence[str], tgt: Sequence[str]) -> tuple[Any, Any]:
+    """CSR matrices ``(n, grams)`` and ``(m, grams)``: n-grams of characters and words, tf-idf.
 
-    They are sums over n-grams: the vector of two texts joined is the sum of theirs.
+    They are sums over n-grams: the row of two texts joined is the sum of theirs.
     """
-    hashes, frequencies = document_frequencies([*src, *tgt])
-    shared = frequencies > 1
-    idf = np.log((1 + len(src) + len(tgt)) / (1 + frequencies[shared])).astype(np.float32)
-    signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), (len(idf), DIM))
-    made = []
-    for texts in (src, tgt):
-        rows = matrix(texts, hashes[shared], _SIZES)
+    hashes, idf = _weights([*src, *tgt])
+    made = [matrix(texts, hashes, _SIZES) for texts in (src, tgt)]
+    for rows in made:
         rows.data *= idf[rows.indices]
-        made.append(np.asarray(rows @ signs, np.float32))
     return made[0], made[1]
+
+
+def sketched_spelling(src: Sequence[str], tgt: Sequence[str]) -> tuple[Floats, Floats]:
+    """``spelling`` in ``DIM`` dimensions: ``(n, DIM)`` and ``(m, DIM)``.
+
+    A count sketch (Charikar, Chen and Farach-Colton 2002): each n-gram's hash gives it one dimension and a
+    sign, which keeps cosines with a standard error near ``1/√DIM``.
+    """
+    from scipy import sparse
+
+    hashes, idf = _weights([*src, *tgt])
+    signed = np.where(hashes >> np.uint64(63), -idf, idf)
+    places = (hashes % np.uint64(DIM)).astype(np.int64)
+    sketch = sparse.csr_matrix((signed, places, np.arange(len(hashes) + 1)), (len(hashes), DIM))
+    made = [(matrix(texts, hashes, _SIZES) @ sketch).toarray() for texts in (src, tgt)]
+    return made[0], made[1]
+
+
+def _weights(texts: Sequence[str]) -> tuple[U64, Floats]:
+    """The hashes, ascending, of what is in two texts or more, and each one's idf."""
+    hashes, frequencies = document_frequencies(texts, _SIZES)
+    shared = frequencies > 1
+    idf = np.log((1 + len(texts)) / (1 + frequencies[shared])).astype(np.float32)
+    return hashes[shared], idf

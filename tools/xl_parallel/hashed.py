@@ -74,16 +74,17 @@ def matrix(
     return sparse.vstack(blocks, format="csr")
 
 
-def document_frequencies(texts: Sequence[str], batch: int = 4096) -> tuple[U64, Ints]:
-    """The hashes of all grams, ascending, and in how many texts each comes."""
+def document_frequencies(
+    texts: Sequence[str], sizes: Sequence[int] = SIZES, batch: int = 4096
+) -> tuple[U64, Ints]:
+    """The hashes of all grams and words, ascending, and in how many texts each comes."""
     parts = []
     for start in range(0, len(texts), batch):
-        rows, found = grams(texts[start : start + batch])
-        order = np.lexsort((rows, found))
-        rows, found = rows[order], found[order]
-        first = np.ones(len(found), bool)
-        first[1:] = (found[1:] != found[:-1]) | (rows[1:] != rows[:-1])
-        parts.append(np.unique(found[first], return_counts=True))
+        rows, found = grams(texts[start : start + batch], sizes)
+        hashes, number = np.unique(found, return_inverse=True)
+        in_texts = np.sort(number * batch + rows)
+        once = in_texts[np.diff(in_texts, prepend=-1) > 0] // batch  # each gram once a text
+        parts.append((hashes, np.bincount(once, minlength=len(hashes))))
     if not parts:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     joined, counts = np.concatenate([h for h, _ in parts]), np.concatenate([c for _, c in parts])

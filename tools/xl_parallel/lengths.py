@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,13 +19,22 @@ PRIORS: dict[Kind, float] = {
 }  # fmt: skip
 
 
-def mismatch(src: Floats, tgt: Floats) -> Floats:
-    """``-ln 2(1 - Φ(|z|))``, z = (tgt - c·src) / √(s²·mean), mean = (src + tgt/c) / 2; 0 where both are."""
+def deviation(src: NDArray[Any], tgt: NDArray[Any]) -> NDArray[Any]:
+    """``|z|``, z = (tgt - c·src) / √(s²·mean), mean = (src + tgt/c) / 2; 0 where both lengths are."""
+    mean = (src + tgt / RATIO) / 2
+    return np.asarray(np.abs(tgt - RATIO * src) / np.sqrt(VARIANCE * np.maximum(mean, 1e-9)))
+
+
+def surprise(z: Floats) -> Floats:
+    """``-ln 2(1 - Φ(|z|))``."""
     from scipy.special import log_ndtr
 
-    mean = (src + tgt / RATIO) / 2
-    z = np.abs(tgt - RATIO * src) / np.sqrt(VARIANCE * np.maximum(mean, 1e-9))
-    return np.asarray(-(np.log(2) + log_ndtr(-np.where(mean > 0, z, 0))))
+    return np.asarray(-(np.log(2) + log_ndtr(-z)))
+
+
+def mismatch(src: Floats, tgt: Floats) -> Floats:
+    """The surprise at two lengths for translations of each other."""
+    return surprise(deviation(src, tgt))
 
 
 def prefix(lengths: Floats) -> Floats:

@@ -16,7 +16,7 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, GateFailed, ToolError
 from tuneutils.shared.records import Reader, open_writer
 from tuneutils.tools.xl_parallel.encoder import Encoder, normalised
-from tuneutils.tools.xl_parallel.glossary import spelling
+from tuneutils.tools.xl_parallel.glossary import sketched_spelling
 from tuneutils.tools.xl_parallel.margins import Agreement, Pairs, measure, nearest, retrieve, tune
 from tuneutils.tools.xl_parallel.params_pairs import MineParams
 from tuneutils.tools.xl_parallel.sides import read_lines
@@ -125,7 +125,7 @@ def found(run: Run[MineParams], src: Pile, tgt: Pile) -> Pairs:
                 "%s: nothing is known of %d of %d sentences; swapped piles?", name, blank, len(pile.texts)
             )
     if weight:
-        shared = spelling(*([without_accents(t) for t in pile.texts] for pile in (src, tgt)), seed=run.seed)
+        shared = sketched_spelling(*([without_accents(t) for t in pile.texts] for pile in (src, tgt)))
         x, y = (normalised(np.hstack([a, weight * normalised(b)])) for a, b in zip((x, y), shared))
     forward = nearest(x, y, params.k, params.search, run.seed)
     backward = nearest(y, x, params.k, params.search, run.seed)

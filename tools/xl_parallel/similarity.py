@@ -1,16 +1,19 @@
 """Costs of beads by what their texts say: vectors of spelling, of a dictionary's glosses, of an encoder.
 
 Each view gives a sentence a vector that is a sum over its parts, so that a block's vector is the sum of its
-sentences'. The similarity s of two blocks is the weighted mean of the views' cosines; of it is taken
-what a block has with any sentence of the other document on average, (s - q) / (1 - q), so that one that is
-like everything gains nothing by it (as Thompson and Koehn 2019, section 3, normalise). A bead of a and b
-sentences costs ``(1 - s)(a + b)/2 + LENGTH·mismatch + SIZE·(a + b - 2)``, and ``MANY`` unless it is 1-1.
+sentences', and the inner product of two blocks the sum of those of their sentences. The similarity s of two
+blocks is the weighted mean of the views' cosines; of it is taken what a block has with any sentence of the
+other document on average, (s - q) / (1 - q), so that one that is like everything gains nothing by it (as
+Thompson and Koehn 2019, section 3, normalise). A bead of a and b sentences costs
+``(1 - s)(a + b)/2 + LENGTH·mismatch + SIZE·(a + b - 2)``, and ``MANY`` unless it is 1-1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +22,16 @@ from tuneutils.tools.xl_parallel import lengths
 from tuneutils.tools.xl_parallel.beads import Bead, Kind
 
 Floats = NDArray[np.float64]
-Vectors = NDArray[np.float32]
+Singles = NDArray[np.float32]
+#: ``(n, d)`` in float32: a NumPy array, or a sparse CSR matrix.
+Vectors = Any
 
 #: Chosen on the development part of Bleualign's German-French articles.
 SKIP, LENGTH, SIZE, MANY = 0.6, 0.035, 0.137, 0.02
-#: Rows of the table whose similarities are made by one matrix product.
+#: Rows of the table whose similarities are made at once.
 _CHUNK = 64
+#: Most that a mismatch of lengths counts, and steps of its table a unit of z.
+_MOST, _STEPS = 20, 1024
 
 
 @dataclass(frozen=True)
@@ -57,19 +64,16 @@ class BlockCosts:
         left: NDArray[np.int64], width: int,
     ) -> None:  # fmt: skip
         total = sum(v.weight for v in views)
-        self._weights = [np.float32(np.sqrt(v.weight / total)) for v in views]
-        self._sums = [[_prefix(side) for side in (v.src, v.tgt)] for v in views]
-        self._lengths = lengths.prefix(src_lengths), lengths.prefix(tgt_lengths)
+        self._views = [View(v.src, v.tgt, v.weight / total) for v in views]
         self._kinds, self._left, self._width = kinds, left, width
         self._n, self._m = len(src_lengths), len(tgt_lengths)
-        self._means = [
-            self._blocks(side, 1, 1, count + 1).mean(0) for side, count in ((0, self._n), (1, self._m))
-        ]
-        self._first = self._last = 0
-        self._costs = np.zeros((0, 0, 0))
-        self._start = 0
+        self._tallest, self._widest = max(a for a, _ in kinds), max(b for _, b in kinds)
+        self._src = _Blocks([(v.src, v.tgt, v.weight) for v in self._views], src_lengths, self._tallest)
+        self._tgt = _Blocks([(v.tgt, v.src, v.weight) for v in self._views], tgt_lengths, self._widest)
+        self._first = self._last = self._start = 0
+        self._costs: Singles = np.zeros((0, 0, 0), np.float32)
 
-    def __call__(self, row: int, start: int, width: int) -> Floats:
+    def __call__(self, row: int, start: int, width: int) -> Singles:
         if not self._first <= row < self._last:
             self._fill(row)
         at = start - self._start
@@ -80,56 +84,139 @@ class BlockCosts:
         """``(m,)``: cost of each target sentence left out."""
         return np.full(self._m, SKIP)
 
-    def score(self, bead: Bead) -> float | None:
-        """Similarity of a bead's sides, 0 to 1; None where one is empty."""
-        if bead.src_start == bead.src_end or bead.tgt_start == bead.tgt_end:
-            return None
-        a = self._blocks(0, bead.src_end - bead.src_start, bead.src_end, bead.src_end + 1)
-        b = self._blocks(1, bead.tgt_end - bead.tgt_start, bead.tgt_end, bead.tgt_end + 1)
-        return min(max(float(self._adjusted(a, b)[0, 0]), 0.0), 1.0)
+    def scores(self, beads: Sequence[Bead]) -> list[float | None]:
+        """Similarity of each bead's sides, 0 to 1; None where one is empty."""
+        full = [b for b in beads if b.src_start < b.src_end and b.tgt_start < b.tgt_end]
+        left = np.array([(b.src_end - b.src_start, b.src_end) for b in full]).reshape(-1, 2).T
+        right = np.array([(b.tgt_end - b.tgt_start, b.tgt_end) for b in full]).reshape(-1, 2).T
+        alike = np.zeros(len(full), np.float32)
+        for v, view in enumerate(self._views):
+            products = _dot(sums(view.src, *left), sums(view.tgt, *right))
+            alike += products * self._src.scale[v][*left] * self._tgt.scale[v][*right]
+        usual = (self._src.usual[*left] + self._tgt.usual[*right]) / 2
+        found = dict(zip(full, np.clip(1 - _distance(alike, usual), 0, 1).tolist()))
+        return [found.get(bead) for bead in beads]
 
     def _fill(self, first: int) -> None:
         self._first, self._last = first, min(first + _CHUNK, self._n + 1)
         self._start = int(self._left[first])
-        stop = int(self._left[self._last - 1]) + self._width
-        shape = (len(self._kinds), self._last - first, stop - self._start)
-        self._costs = np.full(shape, SKIP)
-        cols = slice(self._start, stop)
-        rights = {b: self._blocks(1, b, cols.start, cols.stop) for b in {b for _, b in self._kinds if b}}
-        spans = {b: lengths.ending(self._lengths[1], cols, b) for b in rights}
-        for a in {a for a, b in self._kinds if b}:
-            block = self._blocks(0, a, first, self._last)
-            span = lengths.ending(self._lengths[0], slice(first, self._last), a)
-            for k, (of, b) in enumerate(self._kinds):
-                if of != a or not b:
-                    continue
-                cost = (1 - self._adjusted(block, rights[b])) * ((a + b) / 2)
-                cost += LENGTH * np.minimum(lengths.mismatch(span[:, None], spans[b][None]), 20)
-                self._costs[k] = cost + (SIZE * (a + b - 2) + (MANY if a + b > 2 else 0))
+        rows, cols = (
+            slice(first, self._last),
+            slice(self._start, int(self._left[self._last - 1]) + self._width),
+        )
+        self._costs = np.full(
+            (len(self._kinds), rows.stop - rows.start, cols.stop - cols.start), SKIP, np.float32
+        )
+        alike = self._similarities(rows, cols)
+        for k, (a, b) in enumerate(self._kinds):
+            if not b:
+                continue
+            usual = (self._src.usual[a][rows, None] + self._tgt.usual[b][cols]) / 2
+            cost = _distance(alike[k], usual) * np.float32((a + b) / 2)
+            z = lengths.deviation(self._src.lengths[a][rows, None], self._tgt.lengths[b][cols])
+            cost += _length_costs().take((z * _STEPS).astype(np.int32), mode="clip")
+            self._costs[k] = cost + np.float32(SIZE * (a + b - 2) + (MANY if a + b > 2 else 0))
 
-    def _adjusted(self, src: Vectors, tgt: Vectors) -> Vectors:
-        usual = ((src @ self._means[1])[:, None] + (tgt @ self._means[0])[None]) / 2
-        return np.asarray((src @ tgt.T - usual) / (1 - usual), np.float32)
+    def _similarities(self, rows: slice, cols: slice) -> Singles:
+        """``(kinds, rows, columns)``: weighted cosines of the blocks that end at each row and column."""
+        height, width = rows.stop - rows.start, cols.stop - cols.start
+        made = np.zeros((len(self._kinds), height, width), np.float32)
+        place = {kind: k for k, kind in enumerate(self._kinds)}
+        for v, view in enumerate(self._views):
+            products = self._products(view, rows, cols)
+            for a, tall in enumerate(_running(products, height, self._tallest), 1):
+                widest = max(b for of, b in self._kinds if of == a)
+                for b, block in enumerate(_running(tall.T, width, widest), 1):
+                    scale = self._src.scale[v][a][rows, None] * self._tgt.scale[v][b][cols]
+                    made[place[a, b]] += block.T * scale
+        return made
 
-    def _blocks(self, side: int, size: int, first: int, stop: int) -> Vectors:
-        """Of the ``size`` sentences before each boundary in ``first … stop - 1``, all views side by side.
-
-        Zeros where there are fewer, or beyond the document.
-        """
-        count = (self._n, self._m)[side]
-        made = []
-        for weight, sums in zip(self._weights, self._sums):
-            prefix = sums[side]
-            block = np.zeros((stop - first, prefix.shape[1]), np.float32)
-            a, b = max(first, size), min(stop, count + 1)
-            if a < b:
-                block[a - first : b - first] = prefix[a:b] - prefix[a - size : b - size]
-                norms = np.linalg.norm(block, axis=1, keepdims=True)
-                np.divide(block, norms, out=block, where=norms > 1e-6)
-            made.append(block * weight)
-        return np.concatenate(made, axis=1)
+    def _products(self, view: View, rows: slice, cols: slice) -> Singles:
+        """Of sentences, from those of the blocks that end first; 0 before the documents' beginning."""
+        top, front = rows.start - self._tallest, cols.start - self._widest
+        made = np.zeros((rows.stop - 1 - top, cols.stop - 1 - front), np.float32)
+        i, j = max(top, 0), max(front, 0)
+        found = view.src[i : rows.stop - 1] @ view.tgt[j : cols.stop - 1].T
+        made[i - top :, j - front :] = found.toarray() if hasattr(found, "toarray") else found
+        return made
 
 
-def _prefix(vectors: Vectors) -> Floats:
-    """``(n + 1, d)``; in float64, so that a difference of large sums is exact enough."""
-    return np.concatenate([np.zeros((1, vectors.shape[1])), np.cumsum(vectors, 0, dtype=np.float64)])
+class _Blocks:
+    """What the blocks of one document are, of each size, by the boundary at which they end.
+
+    Attributes:
+        scale: ``(views, sizes + 1, n + 1)``: root of the view's weight over the block's norm; 0
+            where there are fewer sentences, or no n-gram that counts.
+        usual: ``(sizes + 1, n + 1)``: mean similarity with the other document's sentences.
+        lengths: ``(sizes + 1, n + 1)``: characters.
+
+    Args:
+        views: vectors of this document and of the other, and their weights, which sum to 1.
+    """
+
+    def __init__(self, views: Sequence[tuple[Vectors, Vectors, float]], sizes: Floats, most: int) -> None:
+        count = len(sizes)
+        self.scale = np.zeros((len(views), most + 1, count + 1), np.float32)
+        self.usual = np.zeros((most + 1, count + 1), np.float32)
+        self.lengths = np.zeros((most + 1, count + 1), np.float32)
+        for v, (own, others, weight) in enumerate(views):
+            typical = _inverse_norms(others) @ others / others.shape[0]
+            for size, block in enumerate(_running_all(own, most), 1):
+                scale = _inverse_norms(block)
+                self.scale[v, size, size:] = np.sqrt(weight) * scale
+                self.usual[size, size:] += weight * scale * (block @ typical)
+        for size, block in enumerate(_running_all(sizes, most), 1):
+            self.lengths[size, size:] = block
+
+
+def sums(rows: Vectors, counts: NDArray[np.int64], ends: NDArray[np.int64]) -> Vectors:
+    """``(blocks, d)``: sums of ``counts[i]`` rows before ``ends[i]``, dense or sparse as ``rows`` are."""
+    from scipy import sparse
+
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    at = np.arange(bounds[-1]) + np.repeat(ends - bounds[1:], counts)
+    chosen = sparse.csr_matrix((np.ones(len(at), np.float32), at, bounds), (len(counts), rows.shape[0]))
+    return chosen @ rows
+
+
+def _running_all(rows: Vectors, most: int) -> Iterator[Vectors]:
+    """Sums of 1, 2, … ``most`` consecutive rows; the i-th of the sums of k ends with row i + k - 1."""
+    total = rows
+    yield total
+    for size in range(1, most):
+        total = total[1:] + rows[: max(rows.shape[0] - size, 0)]
+        yield total
+
+
+def _running(rows: Singles, count: int, most: int) -> Iterator[Singles]:
+    """Sums of 1, 2, … ``most`` consecutive rows that end with each of the last ``count``."""
+    last = len(rows) - count
+    total = rows[last:]
+    yield total
+    for size in range(1, most):
+        total = total + rows[last - size : last - size + count]
+        yield total
+
+
+def _distance(alike: Singles, usual: Singles) -> Singles:
+    """``1 - (alike - usual) / (1 - usual)``."""
+    return np.asarray((1 - alike) / np.maximum(1 - usual, np.float32(1e-3)))
+
+
+@cache
+def _length_costs() -> Singles:
+    """Of z in steps, up to where they grow no more."""
+    z = np.arange(0, np.sqrt(2 * _MOST) + 1, 1 / _STEPS)  # the surprise at z is above z²/2
+    return (LENGTH * np.minimum(lengths.surprise(z), _MOST)).astype(np.float32)
+
+
+def _dot(some: Vectors, others: Vectors) -> Singles:
+    """``(n,)``: the inner products of rows of the same number."""
+    products = some.multiply(others) if hasattr(some, "multiply") else some * others
+    return np.asarray(products.sum(1), np.float32).ravel()
+
+
+def _inverse_norms(rows: Vectors) -> Singles:
+    """``(n,)``; 0 for a row of zeros."""
+    norms = np.sqrt(_dot(rows, rows))
+    return np.divide(1, norms, out=np.zeros_like(norms), where=norms > 1e-6)

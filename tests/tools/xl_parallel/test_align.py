@@ -15,8 +15,9 @@ from support import invoke, load_tool
 pytest.importorskip("scipy")
 
 from tuneutils.tools.xl_parallel import band as bands
-from tuneutils.tools.xl_parallel.beads import best_path, whole
+from tuneutils.tools.xl_parallel.beads import Bead, best_path, whole
 from tuneutils.tools.xl_parallel.lengths import gale_church
+from tuneutils.tools.xl_parallel.similarity import BlockCosts, View, kinds_up_to
 
 TOOL = load_tool("xl-parallel")
 EN = [
@@ -135,6 +136,56 @@ def test_gale_church_costs_are_the_papers():
     )
 
 
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.sqrt(a @ a * (b @ b))) if a.any() and b.any() else 0.0
+
+
+def test_costs_of_blocks_by_the_formula():
+    """Summed vectors, cosines less what is usual, and lengths; across two chunks of rows, dense and sparse."""
+    from scipy import sparse
+
+    rng = np.random.default_rng(0)
+    n, m = 70, 9
+    dense, rare = ([rng.random((count, 5)) for count in (n, m)] for _ in range(2))
+    for side in rare:
+        side[rng.random(side.shape) < 0.6] = 0
+    rare[1][3] = 0  # a sentence without a vector
+    sizes = [rng.integers(5, 60, count).astype(float) for count in (n, m)]
+    views = [
+        View(dense[0].astype(np.float32), dense[1].astype(np.float32), 3),
+        View(*(sparse.csr_matrix(side, dtype=np.float32) for side in rare), 1),
+    ]
+    kinds = kinds_up_to(6)
+    costs = BlockCosts(views, *sizes, kinds, *whole(n, m))
+
+    def similarity(a: slice, b: slice) -> float:
+        def cosines(x: slice | int, y: slice | int) -> float:
+            sides = ((left[x].reshape(-1, 5), right[y].reshape(-1, 5)) for left, right in (dense, rare))
+            return sum(w * cosine(a.sum(0), b.sum(0)) for w, (a, b) in zip((0.75, 0.25), sides))
+
+        of_all = [cosines(a, j) for j in range(m)], [cosines(i, b) for i in range(n)]
+        usual = (statistics.fmean(of_all[0]) + statistics.fmean(of_all[1])) / 2
+        return (cosines(a, b) - usual) / (1 - usual)
+
+    for i, j in [(6, 7), (63, 5), (64, 8), (66, 6), (70, 9)]:
+        row = costs(i, 0, m + 1)
+        for k, (a, b) in enumerate(kinds):
+            if not b:
+                assert row[k, j] == pytest.approx(0.6)
+                continue
+            x, y = sizes[0][i - a : i].sum(), sizes[1][j - b : j].sum()
+            delta = abs(y - x) / math.sqrt(6.8 * (x + y) / 2)
+            far = -math.log(max(2 * statistics.NormalDist().cdf(-delta), math.exp(-20)))
+            wanted = (1 - similarity(slice(i - a, i), slice(j - b, j))) * (a + b) / 2 + 0.035 * far
+            wanted += 0.137 * (a + b - 2) + (0.02 if a + b > 2 else 0)
+            assert row[k, j] == pytest.approx(wanted, abs=1e-3)
+    beads = [Bead(3, 5, 2, 3), Bead(64, 65, 4, 4), Bead(68, 70, 6, 9)]
+    expected = [similarity(slice(*b[:2]), slice(*b[2:])) for b in (beads[0], beads[2])]
+    found = costs.scores(beads)
+    assert found[1] is None
+    assert found[::2] == pytest.approx([min(max(e, 0), 1) for e in expected], abs=1e-5)
+
+
 def run(tmp_path: Path, src: list[str], tgt: list[str], *args: object, langs: tuple[str, str] = ("en", "es")):
     for name, lines in (("a", src), ("b", tgt)):
         (tmp_path / name).write_text("".join(line + "\n" for line in lines), "utf-8")
@@ -178,6 +229,14 @@ def test_sentences_split_and_left_out_are_found(tmp_path, words):
     assert covered(beads, 1) == list(range(7))
 
 
+def test_a_bead_of_ten_sentences_is_written(tmp_path):
+    words = [f"{a}{b}{c}" for a in ("bar", "dol", "kim", "zep") for b in "aeiou" for c in ("th", "nx")]
+    parts = [" ".join(words[i : i + 4]) for i in range(0, 40, 4)]
+    _, records, beads = run(tmp_path, [" ".join(words)], parts, "--max-size", "12")
+    assert beads == [([0], list(range(10)))]
+    assert [r["tgt_lines"] for r in records] == [list(range(1, 11))]
+
+
 def test_blank_lines_are_skipped_and_keep_their_numbers(tmp_path, words):
     src = [EN[0], "", "  ", *EN[1:]]
     _, records, _ = run(tmp_path, src, ES, "--dictionary", words)
@@ -205,6 +264,7 @@ def test_identical_sentences_and_other_scripts_are_covered_whole(tmp_path, metho
         (["same line"] * 30, ["misma línea"] * 27),
         (["مرحبا بالعالم 42", "كيف حالك؟ OK"], ["שלום עולם 42", "מה שלומך? OK", "日本語とEnglish混在"]),
         (["x"], ["y " * 2000, "z"]),
+        (["= = ="] * 9, ["= = ="] * 7),
     ]
     for src, tgt in cases:
         _, _, beads = run(tmp_path, src, tgt, "--method", method, langs=("ar", "he"))
