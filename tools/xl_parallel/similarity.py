@@ -87,8 +87,8 @@ class BlockCosts:
     def scores(self, beads: Sequence[Bead]) -> list[float | None]:
         """Similarity of each bead's sides, 0 to 1; None where one is empty."""
         full = [b for b in beads if b.src_start < b.src_end and b.tgt_start < b.tgt_end]
-        left = np.array([(b.src_end - b.src_start, b.src_end) for b in full]).reshape(-1, 2).T
-        right = np.array([(b.tgt_end - b.tgt_start, b.tgt_end) for b in full]).reshape(-1, 2).T
+        left = np.array([(b.src_end - b.src_start, b.src_end) for b in full], np.int64).reshape(-1, 2).T
+        right = np.array([(b.tgt_end - b.tgt_start, b.tgt_end) for b in full], np.int64).reshape(-1, 2).T
         alike = np.zeros(len(full), np.float32)
         for v, view in enumerate(self._views):
             products = _dot(sums(view.src, *left), sums(view.tgt, *right))
@@ -100,14 +100,10 @@ class BlockCosts:
     def _fill(self, first: int) -> None:
         self._first, self._last = first, min(first + _CHUNK, self._n + 1)
         self._start = int(self._left[first])
-        rows, cols = (
-            slice(first, self._last),
-            slice(self._start, int(self._left[self._last - 1]) + self._width),
-        )
-        self._costs = np.full(
-            (len(self._kinds), rows.stop - rows.start, cols.stop - cols.start), SKIP, np.float32
-        )
+        rows = slice(first, self._last)
+        cols = slice(self._start, int(self._left[self._last - 1]) + self._width)
         alike = self._similarities(rows, cols)
+        self._costs = np.full(alike.shape, SKIP, np.float32)
         for k, (a, b) in enumerate(self._kinds):
             if not b:
                 continue

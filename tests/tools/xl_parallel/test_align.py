@@ -264,6 +264,7 @@ def test_identical_sentences_and_other_scripts_are_covered_whole(tmp_path, metho
         (["same line"] * 30, ["misma línea"] * 27),
         (["مرحبا بالعالم 42", "كيف حالك؟ OK"], ["שלום עולם 42", "מה שלומך? OK", "日本語とEnglish混在"]),
         (["x"], ["y " * 2000, "z"]),
+        (["x"], ["y " * 2000]),
         (["= = ="] * 9, ["= = ="] * 7),
     ]
     for src, tgt in cases:
