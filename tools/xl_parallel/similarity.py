@@ -157,10 +157,11 @@ class _Blocks:
         self.lengths = np.zeros((most + 1, count + 1), np.float32)
         for v, (own, others, weight) in enumerate(views):
             typical = _inverse_norms(others) @ others / others.shape[0]
-            for size, block in enumerate(_running_all(own, most), 1):
+            blocks = zip(_running_all(own, most), _running_all(own @ typical, most))
+            for size, (block, alike) in enumerate(blocks, 1):
                 scale = _inverse_norms(block)
                 self.scale[v, size, size:] = np.sqrt(weight) * scale
-                self.usual[size, size:] += weight * scale * (block @ typical)
+                self.usual[size, size:] += weight * scale * alike
         for size, block in enumerate(_running_all(sizes, most), 1):
             self.lengths[size, size:] = block
 
@@ -214,5 +215,7 @@ def _dot(some: Vectors, others: Vectors) -> Singles:
 
 def _inverse_norms(rows: Vectors) -> Singles:
     """``(n,)``; 0 for a row of zeros."""
-    norms = np.sqrt(_dot(rows, rows))
+    from scipy.sparse import issparse, linalg
+
+    norms = np.asarray((linalg if issparse(rows) else np.linalg).norm(rows, axis=1), np.float32)
     return np.divide(1, norms, out=np.zeros_like(norms), where=norms > 1e-6)
