@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,10 +70,12 @@ class BadRecord(ToolError):
 
 def format_of(record: Record) -> str | None:
     """The name of the record's format, or None."""
-    for name, fields in FORMATS.items():
-        if all(f in record for f in fields):
-            return name
-    return None
+    return _format_with(tuple(record))
+
+
+@lru_cache(maxsize=1024)  # the records of a stream have the same fields
+def _format_with(keys: tuple[str, ...]) -> str | None:
+    return next((name for name, fields in FORMATS.items() if set(fields) <= set(keys)), None)
 
 
 def check(record: Record, formats: Sequence[str]) -> str:
@@ -107,7 +110,7 @@ def _check_field(name: str, value: Any) -> None:
             raise ValueError(f"field 'label': must be true or false, is {_kind(value)}")
     elif isinstance(value, list) and name in ("prompt", "completion", "chosen", "rejected"):
         check_messages(name, value)
-    else:
+    elif not isinstance(value, str) or not value.isascii():
         _check_text(f"field {name!r}", value)
     if name in ("completion", "text", "chosen", "rejected") and isinstance(value, str) and not value.strip():
         raise ValueError(f"field {name!r}: is empty")
@@ -200,7 +203,6 @@ class Reader:
             raise ToolError(f"{', '.join(map(_shown, self.paths))}: no records{refused}")
 
     def _parse(self, path: str, line: int, raw: bytes | Record) -> Located | None:
-        place = f"{_shown(path)}:{line}"
         try:
             record = plain_row(raw) if isinstance(raw, dict) else parse_line(raw)
             if self.formats:
@@ -210,7 +212,7 @@ class Reader:
         except ValueError as exc:
             self.refuse(Located({}, path, line), str(exc), raw)
             return None
-        return Located(record, place.rsplit(":", 1)[0] if path == "-" else path, line)
+        return Located(record, _shown(path), line)
 
     def refuse(self, located: Located, reason: str, raw: bytes | Record | None = None) -> None:
         """Treat a record as bad, by ``on_error``; tools call it for what only they can judge."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -31,11 +32,9 @@ _END = 0x20000
 def _classes() -> NDArray[np.uint8]:
     """White space, decimal digits of any script, and what placeholders begin with, as bits."""
     made = np.zeros(_END + 1, np.uint8)
-    for code in range(_END):
-        character = chr(code)
-        made[code] = (
-            SPACE * character.isspace() + DIGIT * character.isdecimal() + MARKER * (character in MARKERS)
-        )
+    characters = "".join(map(chr, range(_END)))
+    for pattern, kind in ((r"\s", SPACE), (r"\d", DIGIT), (f"[{re.escape(MARKERS)}]", MARKER)):
+        made[[m.start() for m in re.finditer(pattern, characters)]] |= kind
     return made
 
 
