@@ -37,6 +37,7 @@ from tuneutils.shared.manifest import (
     verify,
     write_json,
 )
+from tuneutils.shared.processes import is_main
 
 if TYPE_CHECKING:
     from tuneutils.shared.command import Run
@@ -106,11 +107,11 @@ class Artifact:
         final = Path(run.output)
         if final.name in ("", ".."):
             final = final.resolve()
-        if not int(os.environ.get("RANK", "0")):
+        if is_main():
             _restore(final)
         if final.exists() or final.is_symlink():
             _check_existing(final, run, kind, inputs)
-        if int(os.environ.get("RANK", "0")):
+        if not is_main():
             return cls(kind, final, run, list(inputs), Path(tempfile.mkdtemp(prefix="tuneutils-")), False)
         make_parent(final)
         sweep(final)

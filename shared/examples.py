@@ -5,31 +5,19 @@ The run's parameters are those of a tool that tunes: ``max_length``, ``too_long`
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tuneutils.shared.artifact import Input, describe_input, work_dir
 from tuneutils.shared.command import Run
-from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.records import Located, Reader, dump_line, format_of
-from tuneutils.shared.supervise import LEARNABLE, Encoded, encode, windows
-from tuneutils.shared.tuning import is_main, world_size
+from tuneutils.shared.errors import ToolError
+from tuneutils.shared.record_source import Source
+from tuneutils.shared.records import Located, format_of
+from tuneutils.shared.supervise import Encoded, encode, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass
-class Source:
-    """Record streams of a run, hashed but not yet read: a run that is up to date need not read them."""
-
-    reader: Reader
-    inputs: list[Input]
-    located: Iterable[Located]
 
 
 @dataclass
@@ -49,29 +37,6 @@ class Examples:
     @property
     def learnt(self) -> int:
         return sum(e.learnt for e in self.encoded)
-
-
-def open_source(run: Run[Any], paths: Sequence[str], role: str) -> Source:
-    """Hash record streams; stdin, which can be read only once, is read here and hashed by its records."""
-    if "-" in paths and world_size() > 1:
-        raise ToolError(
-            "several processes cannot share stdin; give the records as a file", code=ExitCode.USAGE
-        )
-    quarantine = None
-    if run.on_error == "quarantine" and run.output is not None:
-        # Every process reads all records; only the first keeps the refused ones.
-        quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl" if is_main() else os.devnull
-    inputs = [describe_input(role, path) for path in paths if path != "-"]
-    reader = Reader(paths, formats=LEARNABLE, on_error=run.on_error, quarantine=quarantine)
-    if "-" not in paths:
-        return Source(reader, inputs, reader.located())
-    located = list(reader.located())
-    digest = hashlib.sha256()
-    for item in located:
-        if item.path in ("-", "<stdin>"):
-            digest.update(dump_line(item.record))
-    inputs.append(Input(role, "-", digest.hexdigest()))
-    return Source(reader, inputs, located)
 
 
 def encode_all(

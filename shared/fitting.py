@@ -1,12 +1,10 @@
 """Fit a prepared model to encoded examples: what tools with the options of ``lora-tune`` share of training.
 
-The run's parameters are those of ``trainer_config`` with ``schedule``, ``warmup``, ``epochs``, ``max_steps``,
-``eval_every`` and ``patience``.
+The run's parameters are those of ``training_options``, ``optimizer_steps``, ``eval_every`` and ``patience``.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,17 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
-from tuneutils.shared.device import dtype_name
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.examples import Examples
-from tuneutils.shared.models import parameter_counts
 from tuneutils.shared.tuning import (
-    log_event,
-    peaks,
+    log_done,
+    log_parameters,
+    optimizer_steps,
     progress_report,
     resume_point,
     trainer_config,
-    world_size,
 )
 
 if TYPE_CHECKING:
@@ -63,8 +59,8 @@ def fit(
     fitting: Fitting,
     what: str,
     *,
+    learning_rate: float,
     trainer_class: type[ResumableTrainer] | None = None,
-    learning_rate: float | None = None,
     **trainer_keywords: Any,
 ) -> Any:
     """Train from the last checkpoint of the same run if there is one; gives the trainer, to save from.
@@ -73,21 +69,22 @@ def fit(
 
     Args:
         what: is trained, for the log.
+        learning_rate: its peak.
         trainer_class, trainer_keywords: in place of `ResumableTrainer`, and for it.
-        learning_rate: in place of the method's own.
     """
     from tuneutils.shared.adapters.fused_lora import fused
     from tuneutils.shared.training import MarkComplete, ResumableTrainer, StopOnNaN
 
     run, art, held, model = fitting.run, fitting.art, fitting.held, fitting.model
-    counts = _counts(fitting, what)
+    examples = fitting.examples
+    run.log.info("%d examples, %d tokens, %d learnt", len(examples.encoded), examples.tokens, examples.learnt)
+    counts = log_parameters(run, model, what, fitting.dtype, fitting.where)
     checkpoints = art.work / "checkpoints"
-    changes = {} if learning_rate is None else {"learning_rate": learning_rate}
     trainer = (trainer_class or ResumableTrainer)(
         model,
-        _config(fitting, checkpoints, **changes),
+        _config(fitting, checkpoints, learning_rate),
         fitting.tokenizer,
-        fitting.examples.encoded,
+        examples.encoded,
         held.encoded,
         callbacks=[MarkComplete(), StopOnNaN(), *_callbacks(run, art)],
         **trainer_keywords,
@@ -100,33 +97,9 @@ def fit(
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if held.encoded and not run.params.patience and not _evaluated(trainer.state):
             trainer.evaluate()
-    log_event(
-        run,
-        art,
-        event="done",
-        train_s=time.monotonic() - started,
-        resumed=bool(resume),
-        device=str(fitting.where),
-        **peaks(fitting.where.type),
-    )
+    log_done(run, art, started, resume, fitting.where)
     _record(fitting, trainer, counts)
     return trainer
-
-
-def _counts(fitting: Fitting, what: str) -> dict[str, int]:
-    log, examples = fitting.run.log, fitting.examples
-    counts = parameter_counts(fitting.model)
-    log.info("%d examples, %d tokens, %d learnt", len(examples.encoded), examples.tokens, examples.learnt)
-    log.info(
-        "%s: %d of %d parameters trainable (%.3f %%), %s on %s",
-        what,
-        counts["trainable"],
-        counts["total"],
-        100 * counts["trainable"] / counts["total"],
-        dtype_name(fitting.dtype),
-        fitting.where,
-    )
-    return counts
 
 
 def _evaluated(state: Any) -> bool:
@@ -134,23 +107,19 @@ def _evaluated(state: Any) -> bool:
     return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
-def _config(fitting: Fitting, folder: Path, **changes: Any) -> Any:
+def _config(fitting: Fitting, folder: Path, learning_rate: float) -> Any:
     """The trainer's settings: how many steps, and when the held-out loss is taken."""
-    run, params = fitting.run, fitting.run.params
-    per_step = params.batch_size * params.gradient_accumulation * world_size()
-    per_epoch = math.ceil(len(fitting.examples.encoded) / per_step)
-    steps = params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
+    params = fitting.run.params
     evaluates = bool(fitting.held.encoded) and params.eval_every > 0
     # The best checkpoint can be kept only if each evaluation saves one.
     save_every = params.eval_every if params.patience else params.checkpoint_every
     return trainer_config(
-        run,
+        fitting.run,
         folder,
         fitting.dtype,
-        steps=steps,
+        steps=optimizer_steps(params, len(fitting.examples.encoded)),
+        learning_rate=learning_rate,
         use_cpu=fitting.where.type == "cpu",
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(params.schedule, params.schedule),
-        warmup_steps=int(params.warmup * steps),
         eval_strategy="steps" if evaluates else "no",
         eval_steps=params.eval_every or None,
         save_strategy="steps" if save_every else "no",
@@ -158,7 +127,6 @@ def _config(fitting: Fitting, folder: Path, **changes: Any) -> Any:
         load_best_model_at_end=bool(params.patience),
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        **changes,
     )
 
 

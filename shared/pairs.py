@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tuneutils.shared.artifact import Input, describe_input, work_dir
 from tuneutils.shared.command import Run
-from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.records import Located, Reader, check, check_messages, dump_line
+from tuneutils.shared.errors import ToolError
+from tuneutils.shared.record_source import Source
+from tuneutils.shared.records import Located, check, check_messages
 from tuneutils.shared.streams import Record
 from tuneutils.shared.texts import Text, encode_text, shortened, split_implicit
 
@@ -54,15 +53,6 @@ class Pair:
 
 
 @dataclass
-class Source:
-    """Record streams of one role, hashed but not yet read; stdin is read at once."""
-
-    reader: Reader
-    inputs: list[Input]
-    located: Iterable[Located]
-
-
-@dataclass
 class Pairs:
     """Encoded pairs, with what happened on the way."""
 
@@ -90,28 +80,6 @@ def validate(record: Record) -> None:
         raise ValueError("chosen and rejected are not both strings or both messages")
     _margin(record)
     _target(record)
-
-
-def open_source(
-    run: Run[Any], paths: Sequence[str], role: str, check_record: Callable[[Record], None] = validate
-) -> Source:
-    """Hash record streams; stdin, which can be read only once, is read here and hashed by its records."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if "-" in paths and world > 1:
-        raise ToolError(
-            "several processes cannot share stdin; give the records as a file", code=ExitCode.USAGE
-        )
-    quarantine = None
-    if run.on_error == "quarantine" and run.output is not None:
-        quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl" if not rank else os.devnull
-    reader = Reader(paths, on_error=run.on_error, quarantine=quarantine, validate=check_record)
-    inputs = [describe_input(role, path) for path in paths if path != "-"]
-    if "-" not in paths:
-        return Source(reader, inputs, reader.located())
-    located = list(reader.located())
-    lines = b"".join(dump_line(x.record) for x in located if x.path in ("-", "<stdin>"))
-    inputs.append(Input(role, "-", hashlib.sha256(lines).hexdigest()))
-    return Source(reader, inputs, located)
 
 
 def read_pairs(

@@ -1,4 +1,4 @@
-"""What the tools that tune a model by any method share: settings, progress, going on, and saving.
+"""What the tools that train a model share: settings, progress, going on, and saving.
 
 Importing this module loads no heavy library.
 """
@@ -6,35 +6,28 @@ Importing this module loads no heavy library.
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
 from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
-from tuneutils.shared.device import resolve_device
+from tuneutils.shared.device import dtype_name, resolve_device
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.four_bit import keep_4bit_layout
-from tuneutils.shared.methods import (
-    MethodParams,
-    apply_method,
-    learning_rate,
-    quantization,
-    settle_adapter_config,
-)
-from tuneutils.shared.models import ModelRef, load_base, resolve
+from tuneutils.shared.methods import settle_adapter_config
+from tuneutils.shared.models import ModelRef, load_base, parameter_counts, resolve
+from tuneutils.shared.processes import is_main, world_size
 
 
-def world_size() -> int:
-    """Processes that a launcher started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+def hush_others(run: Run[Any]) -> None:
+    """Of several processes let only the first one speak."""
+    if not is_main():
+        run.quiet = True
+        run.log.setLevel("ERROR")
 
 
 def base_to_tune(given: str) -> ModelRef:
@@ -51,56 +44,67 @@ def base_to_tune(given: str) -> ModelRef:
     return base
 
 
-def prepare_model(
-    params: MethodParams,
-    base: ModelRef,
-    tokenizer: Any,
-    init_text: str,
-    dtype: Any,
-    where: Any,
-    *,
-    trust_remote_code: bool = False,
-    under: str | None = None,
-) -> Any:
-    """The base in the precision that the method wants, with the method applied.
-
-    Full fine-tuning keeps float32 master weights and multiplies in the precision asked for.
-
-    Args:
-        under: a bottleneck adapter on which a new one is stacked.
-    """
+def stored_dtype(method: str, dtype: Any) -> Any:
+    """How the base is stored: full fine-tuning keeps float32 master weights and multiplies in ``dtype``."""
     import torch
 
-    stored = torch.float32 if params.method == "full" else dtype
-    model = load_base(base, where, stored, quantization(params), trust_remote_code)
+    return torch.float32 if method == "full" else dtype
+
+
+def load_frozen(
+    base: ModelRef, where: Any, dtype: Any, quantization: str | None, trust_remote_code: bool
+) -> Any:
+    """A base without gradients and cache; see ``models.load_base`` for the arguments."""
+    model = load_base(base, where, dtype, quantization, trust_remote_code)
     keep_4bit_layout(model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    return apply_method(model, tokenizer, params, init_text, under)
+    return model
 
 
-def trainer_config(
-    run: Run[Any], folder: Path, dtype: Any, *, steps: int, use_cpu: bool, **changes: Any
-) -> Any:
-    """TRL's SFTConfig for the options that these tools have in common; its data preparation is off.
+def log_parameters(run: Run[Any], model: Any, what: str, dtype: Any, where: Any) -> dict[str, int]:
+    """Count a model's parameters and say how many are trained, by what, in which precision and where."""
+    counts = parameter_counts(model)
+    run.log.info(
+        "%s: %d of %d parameters trainable (%.3f %%), %s on %s",
+        what,
+        counts["trainable"],
+        counts["total"],
+        100 * counts["trainable"] / counts["total"],
+        dtype_name(dtype),
+        where,
+    )
+    return counts
+
+
+def optimizer_steps(params: Any, examples: int) -> int:
+    """Steps of a run: ``max_steps``, or ``epochs`` passes over the examples by all processes together."""
+    per_epoch = math.ceil(examples / (params.batch_size * params.gradient_accumulation * world_size()))
+    return params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
+
+
+def training_options(
+    run: Run[Any], folder: Path, dtype: Any, *, steps: int, learning_rate: float, use_cpu: bool
+) -> dict[str, Any]:
+    """Fields of Transformers' TrainingArguments for the options that tools which train have in common.
 
     Args:
         folder: of the checkpoints.
         steps: optimizer steps of the run.
-        changes: fields of the config that differ from what is set here.
+        learning_rate: its peak.
     """
     import torch
-    from trl import SFTConfig
 
     params = run.params
-    every = params.checkpoint_every
-    values: dict[str, Any] = {
+    return {
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": params.batch_size,
         "per_device_eval_batch_size": params.batch_size,
         "gradient_accumulation_steps": params.gradient_accumulation,
-        "learning_rate": learning_rate(params),
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(params.schedule, params.schedule),
+        "warmup_steps": int(params.warmup * steps),
         "weight_decay": params.weight_decay,
         "max_grad_norm": params.max_grad_norm,
         "gradient_checkpointing": params.gradient_checkpointing,
@@ -113,13 +117,10 @@ def trainer_config(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "eval_strategy": "no",
-        "save_strategy": "steps" if every else "no",
-        "save_steps": every or 500,
+        "save_strategy": "steps" if params.checkpoint_every else "no",
+        "save_steps": params.checkpoint_every or 500,
         "save_total_limit": 2,
         "restore_callback_states_from_checkpoint": True,
-        "max_length": None,
-        "packing": False,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": not use_cpu,
@@ -129,11 +130,36 @@ def trainer_config(
         "ddp_find_unused_parameters": False,
         "ddp_backend": "gloo" if use_cpu and world_size() > 1 else None,
     }
-    return SFTConfig(**{**values, **changes})
 
 
-def progress_report(run: Run[Any], art: Artifact) -> Any:
-    """A trainer's callback: progress for people, and every logged step as a line of the run log."""
+def trainer_config(
+    run: Run[Any],
+    folder: Path,
+    dtype: Any,
+    *,
+    steps: int,
+    learning_rate: float,
+    use_cpu: bool,
+    **changes: Any,
+) -> Any:
+    """TRL's SFTConfig by `training_options`; its data preparation is off, since examples come encoded.
+
+    Args:
+        changes: fields of the config that differ from those.
+    """
+    from trl import SFTConfig
+
+    options = training_options(run, folder, dtype, steps=steps, learning_rate=learning_rate, use_cpu=use_cpu)
+    own = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return SFTConfig(**{**options, **own, **changes})
+
+
+def progress_report(run: Run[Any], art: Artifact, shown: Sequence[str] = ("loss",)) -> Any:
+    """A trainer's callback: progress for people, and every logged step as a line of the run log.
+
+    Args:
+        shown: what of a logged step stands beside the progress.
+    """
     from transformers import TrainerCallback
 
     class Report(TrainerCallback):  # type: ignore[misc]
@@ -144,8 +170,8 @@ def progress_report(run: Run[Any], art: Artifact) -> Any:
                 self.bar = run.progress(state.max_steps, "training", "steps")
                 self.bar.update(state.global_step)
                 return
-            last = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), 0.0)
-            self.bar.update(1, loss=f"{last:.3f}")
+            last: dict[str, float] = next((e for e in reversed(state.log_history) if "loss" in e), {})
+            self.bar.update(1, **{name: f"{last[name]:.3f}" for name in shown if name in last})
 
         def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
             log_event(run, art, event="step", step=state.global_step, **(logs or {}))
@@ -197,8 +223,13 @@ def save_tuned(art: Artifact, trainer: Any, tokenizer: Any, **adapter_keywords: 
         settle_adapter_config(art.dir)
     (art.dir / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(art.dir)
+    write_log(art, trainer.log_lines())
+
+
+def write_log(art: Artifact, lines: Sequence[dict[str, Any]]) -> None:
+    """A training log as ``log.jsonl``."""
     with open(art.dir / "log.jsonl", "w", encoding="utf-8") as stream:
-        for line in trainer.log_lines():
+        for line in lines:
             stream.write(json.dumps(line) + "\n")
 
 
@@ -221,3 +252,24 @@ def log_event(run: Run[Any], art: Artifact, **event: Any) -> None:
     art.work.mkdir(parents=True, exist_ok=True)
     with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
         stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
+
+
+def log_done(
+    run: Run[Any], art: Artifact, started: float, resume: Path | None, where: Any, **facts: Any
+) -> None:
+    """Tell the run log that training is done, what it took, and where.
+
+    Args:
+        started: by the monotonic clock.
+        resume: the checkpoint that it went on from.
+    """
+    log_event(
+        run,
+        art,
+        event="done",
+        train_s=time.monotonic() - started,
+        resumed=bool(resume),
+        device=str(where),
+        **peaks(where.type),
+        **facts,
+    )

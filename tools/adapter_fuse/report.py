@@ -10,8 +10,10 @@ from typing import Any
 from tuneutils.shared.artifact import Input, write_json
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError, require
-from tuneutils.shared.examples import encode_all, open_source
+from tuneutils.shared.examples import encode_all
 from tuneutils.shared.models import context_length, load_model, load_tokenizer, model_input, resolve
+from tuneutils.shared.record_source import open_source
+from tuneutils.shared.supervise import LEARNABLE
 from tuneutils.tools.adapter_fuse.params import ReportParams
 
 
@@ -29,7 +31,7 @@ def report(run: Run[ReportParams]) -> dict[str, Any]:
         raise ToolError(
             f"{params.model}: is no fusion; make one with adapter-fuse train", code=ExitCode.USAGE
         )
-    sources = {path: open_source(run, [path], "records") for path in run.inputs}
+    sources = {path: open_source(run, [path], "records", formats=LEARNABLE) for path in run.inputs}
     inputs: list[Input] = [model_input(params.model)]
     inputs += [model_input(other, "against") for other in params.against]
     inputs += [i for source in sources.values() for i in source.inputs]

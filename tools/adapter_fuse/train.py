@@ -6,21 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
-from tuneutils.shared.examples import Examples, encode_all, open_source
+from tuneutils.shared.examples import Examples, encode_all
 from tuneutils.shared.fitting import Fitting, check_patience, fit
-from tuneutils.shared.four_bit import keep_4bit_layout
 from tuneutils.shared.models import (
     ModelRef,
     check_base,
     context_length,
-    load_base,
     load_config,
     load_tokenizer,
     model_input,
     parameter_counts,
 )
-from tuneutils.shared.supervise import check_eos
-from tuneutils.shared.tuning import base_to_tune, is_main, save_tuned
+from tuneutils.shared.record_source import open_source
+from tuneutils.shared.supervise import LEARNABLE, check_eos
+from tuneutils.shared.tuning import base_to_tune, hush_others, load_frozen, save_tuned
 from tuneutils.tools.adapter_fuse.adapters import names_of, open_adapters
 from tuneutils.tools.adapter_fuse.params import TrainParams
 
@@ -38,13 +37,11 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         ToolError: bad input, with its place; nothing is written then.
     """
     params = run.params
-    if not is_main():
-        run.quiet = True
-        run.log.setLevel("ERROR")
+    hush_others(run)
     base, refs = _check(params)
     parts = _read(refs, params)
-    source = open_source(run, run.inputs, "records")
-    heldout = open_source(run, [params.heldout], "heldout") if params.heldout else None
+    source = open_source(run, run.inputs, "records", formats=LEARNABLE)
+    heldout = open_source(run, [params.heldout], "heldout", formats=LEARNABLE) if params.heldout else None
     inputs = [
         model_input(params.model),
         *(model_input(ref.given, "adapter") for ref in refs),
@@ -69,8 +66,8 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         trainer = fit(
             fitting,
             params.method,
-            trainer_class=fusion_trainer(params.value_penalty),
             learning_rate=_learning_rate(params),
+            trainer_class=fusion_trainer(params.value_penalty),
         )
         save_tuned(art, trainer, tokenizer)
     return {"output": run.output, "metrics": art.metrics}
@@ -126,10 +123,7 @@ def _fused_model(
     run: Run[TrainParams], base: ModelRef, refs: list[ModelRef], parts: list[Part], where: Any, dtype: Any
 ) -> Any:
     params = run.params
-    model = load_base(base, where, dtype, refs[0].quantization, params.trust_remote_code)
-    keep_4bit_layout(model)
-    model.requires_grad_(False)
-    model.config.use_cache = False
+    model = load_frozen(base, where, dtype, refs[0].quantization, params.trust_remote_code)
     model = _composed(model, parts, params)
     if params.gradient_checkpointing:
         model.enable_input_require_grads()

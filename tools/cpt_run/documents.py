@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,10 +10,8 @@ from numpy.typing import NDArray
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
-from tuneutils.shared.pairs import Source, open_source
-from tuneutils.shared.records import check
-from tuneutils.shared.streams import Record
-from tuneutils.shared.supervise import IGNORE, LEARNABLE, encode, windows
+from tuneutils.shared.record_source import Source
+from tuneutils.shared.supervise import IGNORE, encode, windows
 from tuneutils.tools.cpt_run.packing import best_fit
 from tuneutils.tools.cpt_run.params import Params
 
@@ -58,19 +55,7 @@ class Corpus:
         return sum(len(p.ids) for p in self.pieces) / (max_length * max(1, len(self.rows)))
 
 
-def learnable(record: Record) -> None:
-    """Raises ValueError for a record that holds no text to learn."""
-    check(record, LEARNABLE)
-
-
-def open_records(run: Run[Params], paths: Sequence[str], role: str) -> Source:
-    """Hash record streams of one role."""
-    return open_source(run, paths, role, learnable)
-
-
-def read_corpus(
-    run: Run[Params], source: Source, tokenizer: PreTrainedTokenizerBase, limit: int, role: str
-) -> Corpus:
+def read_corpus(run: Run[Params], source: Source, tokenizer: PreTrainedTokenizerBase, limit: int) -> Corpus:
     """Encode and pack all records of a source; every token of them is learnt, closing EOS included.
 
     Args:
@@ -97,9 +82,9 @@ def read_corpus(
                 made.pieces.append(Piece(np.array(part.input_ids, dtype=np.int32), labels))
                 made.tokens += part.learnt
     if refused := source.reader.stats.refused:
-        run.log.warning("%d bad records left out of the %s", refused, role)
+        run.log.warning("%d bad records left out of the %s", refused, source.role)
     if not made.pieces:
-        raise ToolError(f"no document left of the {role} ({refused} refused)")
+        raise ToolError(f"no document left of the {source.role} ({refused} refused)")
     lengths = [len(piece.ids) for piece in made.pieces]
     made.rows = best_fit(lengths, limit) if run.params.pack else [[i] for i in range(len(lengths))]
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,31 +15,33 @@ from tuneutils.shared.artifact import Artifact, Input
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
 from tuneutils.shared.errors import ExitCode, ToolError, UpToDate
-from tuneutils.shared.four_bit import keep_4bit_layout
 from tuneutils.shared.methods import learning_rate, quantization
 from tuneutils.shared.models import (
     Loaded,
     ModelRef,
     context_length,
-    load_base,
     load_tokenizer,
     model_input,
     parameter_counts,
 )
+from tuneutils.shared.processes import is_main, world_size
+from tuneutils.shared.record_source import open_source
+from tuneutils.shared.supervise import LEARNABLE
 from tuneutils.shared.tuning import (
-    is_main,
-    log_event,
-    peaks,
+    hush_others,
+    load_frozen,
+    log_done,
+    log_parameters,
     progress_report,
     resume_point,
     save_tuned,
+    stored_dtype,
     trainer_config,
-    world_size,
 )
 from tuneutils.tools.cpt_run import report as reports
 from tuneutils.tools.cpt_run import units
 from tuneutils.tools.cpt_run.budget import steps_within
-from tuneutils.tools.cpt_run.documents import Corpus, open_records, read_corpus
+from tuneutils.tools.cpt_run.documents import Corpus, read_corpus
 from tuneutils.tools.cpt_run.packing import Mixture, mix
 from tuneutils.tools.cpt_run.params import Params
 from tuneutils.tools.cpt_run.plan import check_options, with_embeddings
@@ -81,23 +84,23 @@ def pretrain(run: Run[Params]) -> dict[str, Any]:
         GateFailed: more was forgotten than ``--max-forgetting`` allows; the artifact is there.
     """
     params, started = run.params, time.monotonic()
-    if not is_main():
-        run.quiet = True
-        run.log.setLevel("ERROR")
+    hush_others(run)
     base = check_options(run, world_size())
-    domain = open_records(run, run.inputs, "records")
-    replay = open_records(run, params.replay, "replay") if params.replay else None
+    domain = open_source(run, run.inputs, "records", formats=LEARNABLE)
+    replay = open_source(run, params.replay, "replay", formats=LEARNABLE) if params.replay else None
     named = {"domain": params.eval, "general": params.general}
-    measured = {name: open_records(run, [path], name) for name, path in named.items() if path}
+    measured = {
+        name: open_source(run, [path], name, formats=LEARNABLE) for name, path in named.items() if path
+    }
     sources = [domain, *([replay] if replay else []), *measured.values()]
     inputs = [model_input(params.model), *(i for source in sources for i in source.inputs)]
     with _open_artifact(run, inputs) as art:
         art.licence = inputs[0].licence
         tokenizer = load_tokenizer(base, trust_remote_code=params.trust_remote_code)
         limit = min(params.max_length, context_length(base) or params.max_length)
-        corpora = [read_corpus(run, domain, tokenizer, limit, "records")]
+        corpora = [read_corpus(run, domain, tokenizer, limit)]
         if replay:
-            corpora.append(read_corpus(run, replay, tokenizer, limit, "replay"))
+            corpora.append(read_corpus(run, replay, tokenizer, limit))
         tracker = Tracker(read_texts(run, measured, tokenizer), limit, art.work / "checkpoints")
         for role, corpus in zip(("domain", "replay"), corpora, strict=False):
             run.log.info(
@@ -148,19 +151,13 @@ def _main_first(cpu: bool) -> Any:
 
 def _prepare(run: Run[Params], base: ModelRef, tokenizer: Any) -> Loaded:
     """The base in the precision that the method wants, with the method applied."""
-    import torch
-
     from tuneutils.tools.cpt_run.trainer import hides_documents
 
     params = run.params
     where = resolve_device(run.device)
     dtype = resolve_dtype(run.dtype, where)
-    # Full training keeps float32 master weights and multiplies in the precision asked for.
-    stored = torch.float32 if params.method == "full" else dtype
-    model = load_base(base, where, stored, quantization(params), params.trust_remote_code)
-    keep_4bit_layout(model)
-    model.requires_grad_(False)
-    model.config.use_cache = False
+    stored = stored_dtype(params.method, dtype)
+    model = load_frozen(base, where, stored, quantization(params), params.trust_remote_code)
     model = with_embeddings(model, tokenizer, params)
     if params.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -169,16 +166,7 @@ def _prepare(run: Run[Params], base: ModelRef, tokenizer: Any) -> Loaded:
             f"{params.model}: documents in a row would see each other in this kind of model; --no-pack",
             code=ExitCode.USAGE,
         )
-    counts = parameter_counts(model)
-    run.log.info(
-        "%s: %d of %d parameters trainable (%.3f %%), %s on %s",
-        params.method,
-        counts["trainable"],
-        counts["total"],
-        100 * counts["trainable"] / counts["total"],
-        dtype_name(dtype),
-        where,
-    )
+    log_parameters(run, model, params.method, dtype, where)
     return Loaded(model, tokenizer, base, where, dtype)
 
 
@@ -191,7 +179,8 @@ def _train(setup: Setup, resume: Path | None) -> reports.Report:
     params = run.params
     full = params.method == "full"
     with fused(loaded.model, loaded.device, causal_masks=True, learning_norms=full):
-        _measure(setup, 0)
+        with run.progress(setup.tracker.windows, "measuring", "windows") as bar:
+            _measure(setup, 0, bar.update)
         mixture = _plan(setup)
         steps = math.ceil(len(mixture.rows) / setup.step_rows)
         order: list[Any] = [(int(is_replay), row) for is_replay, row in mixture.rows]
@@ -205,6 +194,7 @@ def _train(setup: Setup, resume: Path | None) -> reports.Report:
                 setup.checkpoints,
                 loaded.dtype,
                 steps=steps,
+                learning_rate=learning_rate(params),
                 use_cpu=loaded.device.type == "cpu",
                 eval_strategy="steps" if setup.tracker.texts and params.eval_every else "no",
                 eval_steps=params.eval_every or None,
@@ -222,20 +212,12 @@ def _train(setup: Setup, resume: Path | None) -> reports.Report:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if setup.tracker.texts and steps not in setup.tracker.history:
             trainer.evaluate()
-    log_event(
-        run,
-        art,
-        event="done",
-        train_s=time.monotonic() - began,
-        resumed=bool(resume),
-        device=str(loaded.device),
-        **peaks(loaded.device.type),
-    )
+    log_done(run, art, began, resume, loaded.device)
     _recall(setup, steps)
     return _save(setup, trainer, mixture, steps)
 
 
-def _measure(setup: Setup, step: int) -> dict[str, float]:
+def _measure(setup: Setup, step: int, progress: Callable[[int], None] | None = None) -> dict[str, float]:
     """Measure all texts, and say what was found."""
     tracker, seed, loaded = setup.tracker, setup.run.seed, setup.loaded
     if not tracker.texts:
@@ -243,7 +225,7 @@ def _measure(setup: Setup, step: int) -> dict[str, float]:
     was_training = loaded.model.training
     loaded.model.eval()
     with mixed_precision(loaded):
-        found = tracker.measure(step, loaded, writes=is_main())
+        found = tracker.measure(step, loaded, writes=is_main(), progress=progress)
     loaded.model.train(was_training)
     metrics = {}
     for name, items in found.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
-from tuneutils.shared.evaluate import Estimate, paired_difference, ratio_estimate
+from tuneutils.shared.evaluate import Estimate, paired_difference, ratio_estimate, score_windows
 from tuneutils.shared.files import atomic_file
-from tuneutils.shared.pairs import Source
+from tuneutils.shared.record_source import Source
 from tuneutils.shared.supervise import Encoded
 from tuneutils.tools.cpt_run.params import Params
 
@@ -41,7 +41,16 @@ class Tracker:
     folder: Path
     history: dict[int, dict[str, Items]] = field(default_factory=dict)
 
-    def measure(self, step: int, loaded: Any, *, writes: bool = True) -> dict[str, Items]:
+    @property
+    def windows(self) -> int:
+        """Stretches of at most ``max_length`` tokens that one measurement scores."""
+        size = self.max_length
+        lengths = [len(sequence) for texts in self.texts.values() for sequence, _ in texts]
+        return sum(len(list(score_windows(length, size, size))) for length in lengths)
+
+    def measure(
+        self, step: int, loaded: Any, *, writes: bool = True, progress: Callable[[int], None] | None = None
+    ) -> dict[str, Items]:
         """Score all texts with a loaded model, or read what an earlier start of this run found."""
         from tuneutils.shared.evaluate_model import perplexity_items
 
@@ -50,7 +59,7 @@ class Tracker:
             self.history[step] = json.loads(path.read_text(encoding="utf-8"))
             return self.history[step]
         self.history[step] = {
-            name: perplexity_items(loaded, texts, max_length=self.max_length)
+            name: perplexity_items(loaded, texts, max_length=self.max_length, progress=progress)
             for name, texts in self.texts.items()
         }
         if writes:

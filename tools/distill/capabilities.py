@@ -10,8 +10,9 @@ from pathlib import Path
 from tuneutils.shared.artifact import Input, describe_input
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ExitCode, ToolError
+from tuneutils.shared.record_source import Source
 from tuneutils.shared.records import Located
-from tuneutils.tools.distill.data import Stream, open_stream
+from tuneutils.tools.distill.data import open_stream
 from tuneutils.tools.distill.params import Params
 
 HELDOUT = "heldout"
@@ -22,7 +23,7 @@ class Capability:
     """A name, and which records show it: a stream of its own, or those held out whose field fits."""
 
     name: str
-    stream: Stream | None = None
+    stream: Source | None = None
     field: str = ""
     pattern: re.Pattern[str] | None = None
 

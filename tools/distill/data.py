@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tuneutils.shared.artifact import Input, describe_input, work_dir
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
-from tuneutils.shared.records import Located, Reader, dump_line, format_of
+from tuneutils.shared.record_source import Source, open_source
+from tuneutils.shared.records import format_of
 from tuneutils.shared.supervise import IGNORE, LEARNABLE, Encoded, encode, prompt_ids, windows
+from tuneutils.shared.tuning import optimizer_steps
 from tuneutils.tools.distill.params import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass
-class Stream:
-    """Record streams, hashed but not yet read; stdin, which can be read only once, is read here."""
-
-    role: str
-    reader: Reader
-    inputs: list[Input]
-    located: Iterable[Located]
 
 
 @dataclass
@@ -59,25 +51,15 @@ class Examples:
         return made.hexdigest()
 
 
-def open_stream(run: Run[Params], paths: Sequence[str], role: str) -> Stream:
-    """Check and hash record streams."""
-    quarantine = None
-    if run.on_error == "quarantine" and run.output is not None:
-        quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl"
-    inputs = [describe_input(role, path) for path in paths if path != "-"]
+def open_stream(run: Run[Params], paths: Sequence[str], role: str) -> Source:
+    """Hash record streams; with answers to be written, prompts alone will do."""
     answered = role == "records" and run.params.data in ("teacher", "student")
-    formats = (*LEARNABLE, "prompt") if answered else LEARNABLE
-    reader = Reader(paths, formats=formats, on_error=run.on_error, quarantine=quarantine)
-    if "-" not in paths:
-        return Stream(role, reader, inputs, reader.located())
-    located = list(reader.located())
-    digest = hashlib.sha256(b"".join(dump_line(item.record) for item in located))
-    return Stream(role, reader, [*inputs, Input(role, "-", digest.hexdigest())], located)
+    return open_source(run, paths, role, formats=(*LEARNABLE, "prompt") if answered else LEARNABLE)
 
 
 def encode_stream(
     run: Run[Params],
-    stream: Stream,
+    stream: Source,
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase | None,
     limit: int,
@@ -147,3 +129,18 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
         return False
     probe = "The 3 café naïve — 東京\n\tdef f(x): return x**2  # ok"
     return bool(one(probe).input_ids == other(probe).input_ids)
+
+
+def taken(run: Run[Params], lengths: Sequence[int]) -> list[int]:
+    """Indices of the examples that the run's steps take, ascending: the trainer's own order, cut off."""
+    from tuneutils.shared.training import BucketSampler
+
+    size = run.params.batch_size * run.params.gradient_accumulation
+    steps = optimizer_steps(run.params, len(lengths))
+    sampler = BucketSampler(lengths, size, run.seed)
+    found: set[int] = set()
+    for epoch in range(math.ceil(steps * size / len(lengths)) + 1):
+        left = steps - epoch * math.ceil(len(lengths) / size)
+        sampler.set_epoch(epoch)
+        found.update(list(sampler)[: max(0, left) * size])
+    return sorted(found)

@@ -13,19 +13,21 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, seed_everything
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.models import model_input, parameter_counts
+from tuneutils.shared.record_source import Source
 from tuneutils.shared.records import Located
+from tuneutils.shared.tuning import (
+    log_done,
+    optimizer_steps,
+    progress_report,
+    resume_point,
+    trainer_config,
+    write_log,
+)
 from tuneutils.tools.distill.capabilities import HELDOUT, parse_capabilities
-from tuneutils.tools.distill.data import Examples, Stream, encode_stream, open_stream
+from tuneutils.tools.distill.data import Examples, encode_stream, open_stream, taken
 from tuneutils.tools.distill.judge import held_out_sets, judge, load_baseline
 from tuneutils.tools.distill.params import Params
 from tuneutils.tools.distill.plan import check_options, shape_of
-from tuneutils.tools.distill.settings import (
-    log_event,
-    progress_callback,
-    resume_point,
-    taken,
-    training_config,
-)
 from tuneutils.tools.distill.setup import Setup, load, prepare, teacher_identity
 
 
@@ -64,7 +66,7 @@ def distill(run: Run[Params]) -> dict[str, Any]:
     return {"output": run.output, "metrics": art.metrics}
 
 
-def _written_by_teacher(setup: Setup, art: Artifact, teacher: Any, records: Stream) -> Stream:
+def _written_by_teacher(setup: Setup, art: Artifact, teacher: Any, records: Source) -> Source:
     """With ``--data teacher``, the records with the teacher's answers in place of their own."""
     from tuneutils.tools.distill.answers import teacher_records
 
@@ -172,30 +174,30 @@ def _train(
     trainer = DistillTrainer(
         lesson,
         student,
-        training_config(run, checkpoints, setup.dtype, len(examples.student), setup.where),
+        trainer_config(
+            run,
+            checkpoints,
+            setup.dtype,
+            steps=optimizer_steps(run.params, len(examples.student)),
+            learning_rate=run.params.learning_rate,
+            use_cpu=setup.where.type == "cpu",
+        ),
         setup.tokenizer,
         examples.student,
-        callbacks=[MarkComplete(), StopOnNaN(), progress_callback(run, art)],
+        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art)],
     )
     resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(student, setup.where):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    log_event(
-        run,
-        art,
-        event="done",
-        train_s=time.monotonic() - started,
-        resumed=bool(resume),
-        device=str(setup.where),
-        cache_reused=lesson.cache.reused if lesson.cache else None,
-    )
+    reused = lesson.cache.reused if lesson.cache else None
+    log_done(run, art, started, resume, setup.where, cache_reused=reused)
     drop_projections(student)
     student.config.use_cache = True
     student.requires_grad_(False).eval().save_pretrained(art.dir)
     setup.tokenizer.save_pretrained(art.dir)
     lines = trainer.log_lines()
-    (art.dir / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_log(art, lines)
     art.extra["dtype"] = dtype_name(setup.dtype)
     art.extra["examples_sha256"] = examples.digest()
     art.metrics.update(

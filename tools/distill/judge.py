@@ -8,10 +8,11 @@ from typing import Any
 from tuneutils.shared.artifact import Artifact, write_json
 from tuneutils.shared.errors import GateFailed, ToolError
 from tuneutils.shared.models import load_tokenizer
+from tuneutils.shared.record_source import Source
 from tuneutils.shared.supervise import Encoded
+from tuneutils.shared.tuning import log_event
 from tuneutils.tools.distill.capabilities import HELDOUT, Capability
-from tuneutils.tools.distill.data import Stream, encode_one, same_tokenizer
-from tuneutils.tools.distill.settings import log_event
+from tuneutils.tools.distill.data import encode_one, same_tokenizer
 from tuneutils.tools.distill.setup import Setup, load
 
 
@@ -59,7 +60,7 @@ def _headline(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def held_out_sets(
-    setup: Setup, heldout: Stream | None, capabilities: list[Capability]
+    setup: Setup, heldout: Source | None, capabilities: list[Capability]
 ) -> dict[str, list[Encoded]]:
     """Name → sequences: the held-out records, and those of each capability.
 

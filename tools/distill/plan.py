@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from tuneutils.shared.command import Run
@@ -16,6 +15,7 @@ from tuneutils.shared.narrowing import (
     student_config,
     uniform_layers,
 )
+from tuneutils.shared.processes import world_size
 from tuneutils.tools.distill.params import Params
 
 
@@ -44,7 +44,7 @@ def check_options(params: Params) -> tuple[ModelRef, ModelRef | None]:
         raise ToolError("--keep-layers names the layers; leave --student-layers out", code=ExitCode.USAGE)
     if params.temperature == 0:
         raise ToolError("--temperature 0: must be above 0", code=ExitCode.USAGE)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ToolError("distill runs in one process; start it without a launcher", code=ExitCode.USAGE)
     _check_loss(params)
     teacher = resolve(params.model)

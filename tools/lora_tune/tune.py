@@ -8,12 +8,13 @@ from typing import Any
 from tuneutils.shared.artifact import Artifact
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
-from tuneutils.shared.examples import Examples, encode_all, open_source, print_labels
+from tuneutils.shared.examples import Examples, encode_all, print_labels
 from tuneutils.shared.fitting import Fitting, fit
-from tuneutils.shared.methods import quantization
+from tuneutils.shared.methods import apply_method, learning_rate, quantization
 from tuneutils.shared.models import ModelRef, context_length, load_tokenizer, model_input
-from tuneutils.shared.supervise import Encoded, check_eos
-from tuneutils.shared.tuning import is_main, prepare_model, save_tuned
+from tuneutils.shared.record_source import open_source
+from tuneutils.shared.supervise import LEARNABLE, Encoded, check_eos
+from tuneutils.shared.tuning import hush_others, load_frozen, save_tuned, stored_dtype
 from tuneutils.tools.lora_tune.params import Params
 from tuneutils.tools.lora_tune.plan import check_options
 
@@ -25,12 +26,10 @@ def tune(run: Run[Params]) -> dict[str, Any]:
         ToolError: bad input, with its place; nothing is written then.
     """
     params = run.params
-    if not is_main():
-        run.quiet = True
-        run.log.setLevel("ERROR")
+    hush_others(run)
     base = check_options(params)
-    source = open_source(run, run.inputs, "records")
-    heldout = open_source(run, [params.heldout], "heldout") if params.heldout else None
+    source = open_source(run, run.inputs, "records", formats=LEARNABLE)
+    heldout = open_source(run, [params.heldout], "heldout", formats=LEARNABLE) if params.heldout else None
     inputs = [model_input(params.model), *source.inputs, *(heldout.inputs if heldout else [])]
     if params.under is not None:
         inputs.append(model_input(params.under, "under"))
@@ -66,7 +65,7 @@ def _train(
     if (scheme := quantization(params)) is not None:
         art.extra["quantization"] = scheme
     fitting = Fitting(run, art, model, tokenizer, examples, held, where, dtype)
-    trainer = fit(fitting, params.method, lr_ratio=params.loraplus_ratio)
+    trainer = fit(fitting, params.method, learning_rate=learning_rate(params), lr_ratio=params.loraplus_ratio)
     start = {"path_initial_model_for_weight_conversion": str(art.work / "pissa_initial")}
     save_tuned(art, trainer, tokenizer, **(start if params.pissa else {}))
 
@@ -78,10 +77,9 @@ def _prepare(
     params = run.params
     given = [i for i, label in zip(first.input_ids, first.labels, strict=True) if label < 0]
     text = params.init_text or tokenizer.decode(given or first.input_ids)
-    trust = params.trust_remote_code
-    model = prepare_model(
-        params, base, tokenizer, text, dtype, where, trust_remote_code=trust, under=params.under
-    )
+    stored = stored_dtype(params.method, dtype)
+    model = load_frozen(base, where, stored, quantization(params), params.trust_remote_code)
+    model = apply_method(model, tokenizer, params, text, params.under)
     if params.pissa:
         _save_initial(model, work)
     if params.gradient_checkpointing:

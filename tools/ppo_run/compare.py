@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
+from tuneutils.shared.record_source import open_source
 
 import torch  # isort: skip
 
@@ -31,7 +32,7 @@ from tuneutils.tools.ppo_run import comparison
 from tuneutils.tools.ppo_run.actors import collate
 from tuneutils.tools.ppo_run.compare_params import CompareParams
 from tuneutils.tools.ppo_run.comparison import Answers, Compared
-from tuneutils.tools.ppo_run.prompts import Prompt, open_source, read_prompts
+from tuneutils.tools.ppo_run.prompts import FORMATS, Prompt, read_prompts
 from tuneutils.tools.ppo_run.reward_model import check_same_tokenizer, load_reward_model
 from tuneutils.tools.ppo_run.reward_text import check_same_template
 from tuneutils.tools.ppo_run.rewards import Episode, Reward, kind_of, reward_input, text_reward
@@ -52,7 +53,7 @@ def compare(run: Run[CompareParams]) -> dict[str, Any]:
             raise ToolError(
                 f"two policies are called {label!r}; name them with NAME=PATH", code=ExitCode.USAGE
             )
-    source = open_source(run, [params.prompts], "prompts")
+    source = open_source(run, [params.prompts], "prompts", formats=FORMATS)
     rewards = {"reward": params.reward} | ({"gold": params.gold} if params.gold else {})
     inputs = [model_input(path) for _, path in policies] + source.inputs
     for name, spec in rewards.items():

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tuneutils.shared.artifact import Input, describe_input, work_dir
 from tuneutils.shared.command import Run
-from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.records import Located, Reader, Record, dump_line
+from tuneutils.shared.errors import ToolError
+from tuneutils.shared.record_source import Source
+from tuneutils.shared.records import Record
 from tuneutils.shared.supervise import prompt_ids
 from tuneutils.tools.ppo_run.params import Params
 
@@ -30,38 +27,6 @@ class Prompt:
     place: str
 
 
-@dataclass
-class Source:
-    """A stream of prompts, hashed but not yet read; stdin is read at once, since it can be read only once."""
-
-    reader: Reader
-    inputs: list[Input]
-    located: list[Located] | None = None
-
-
-def open_source(run: Run[Params], paths: Sequence[str], role: str) -> Source:
-    """Hash the streams of one role.
-
-    Raises:
-        ToolError: no such file (66), or stdin shared by several processes (2).
-    """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if "-" in paths and world > 1:
-        raise ToolError(
-            "several processes cannot share stdin; give the prompts as a file", code=ExitCode.USAGE
-        )
-    quarantine = None
-    if run.on_error == "quarantine" and run.output is not None:
-        quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl" if not rank else os.devnull
-    reader = Reader(paths, formats=FORMATS, on_error=run.on_error, quarantine=quarantine)
-    source = Source(reader, [describe_input(role, path) for path in paths if path != "-"])
-    if "-" in paths:
-        source.located = list(reader.located())
-        lines = b"".join(dump_line(x.record) for x in source.located if x.path in ("-", "<stdin>"))
-        source.inputs.append(Input(role, "-", hashlib.sha256(lines).hexdigest()))
-    return source
-
-
 def read_prompts(
     run: Run[Params], source: Source, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> list[Prompt]:
@@ -76,7 +41,7 @@ def read_prompts(
     params = run.params
     made: list[Prompt] = []
     dropped = 0
-    for item in source.reader.located() if source.located is None else source.located:
+    for item in source.located:
         try:
             ids = prompt_ids(item.record, tokenizer, template=params.template)
             if not ids:

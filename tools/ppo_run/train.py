@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
+from tuneutils.shared.record_source import Source, open_source
 
 import torch  # isort: skip
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,7 @@ from tuneutils.tools.ppo_run.kin import check_kin, learn_with_trl
 from tuneutils.tools.ppo_run.params import Params
 from tuneutils.tools.ppo_run.ppo import make_optimizer, one_update
 from tuneutils.tools.ppo_run.processes import Processes
-from tuneutils.tools.ppo_run.prompts import Prompt, Source, open_source, read_prompts
+from tuneutils.tools.ppo_run.prompts import FORMATS, Prompt, read_prompts
 from tuneutils.tools.ppo_run.reward_model import RewardModel, load_reward_model
 from tuneutils.tools.ppo_run.reward_text import check_same_template
 from tuneutils.tools.ppo_run.rewards import Reward, kind_of, reward_input, text_reward
@@ -107,9 +108,9 @@ def check(run: Run[Params]) -> tuple[ModelRef, list[Input], list[Source]]:
         raise ToolError("--kl-target 0: must be above 0", code=ExitCode.USAGE)
     if params.value == "reward" and kind_of(params.reward) != "model":
         raise ToolError("--value reward needs a reward model as --reward", code=ExitCode.USAGE)
-    sources = [open_source(run, run.inputs, "prompts")]
+    sources = [open_source(run, run.inputs, "prompts", formats=FORMATS)]
     if params.heldout:
-        sources.append(open_source(run, [params.heldout], "heldout"))
+        sources.append(open_source(run, [params.heldout], "heldout", formats=FORMATS))
     inputs = [model_input(params.model), *reward_input(params.reward)]
     return base, [*inputs, *(i for s in sources for i in s.inputs)], sources
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
-from tuneutils.shared.pairs import Pair, Source, prompt_key, read_pairs
+from tuneutils.shared.pairs import Pair, prompt_key, read_pairs
 from tuneutils.shared.pairs import validate as validate_pair
+from tuneutils.shared.record_source import Source
 from tuneutils.shared.records import Located, check, check_messages, format_of
 from tuneutils.shared.streams import Record
 from tuneutils.shared.texts import Text, encode_text, shortened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,14 +10,22 @@ from tuneutils.shared.artifact import Artifact, describe_input
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
 from tuneutils.shared.methods import apply_method, quantization, settle_adapter_config
-from tuneutils.shared.models import (
-    ModelRef,
-    load_base,
-    load_tokenizer,
-    model_input,
-    parameter_counts,
+from tuneutils.shared.models import ModelRef, load_tokenizer, model_input
+from tuneutils.shared.pairs import split
+from tuneutils.shared.processes import is_main
+from tuneutils.shared.record_source import Source, open_source
+from tuneutils.shared.tuning import (
+    hush_others,
+    load_frozen,
+    log_done,
+    log_parameters,
+    optimizer_steps,
+    progress_report,
+    resume_point,
+    stored_dtype,
+    trainer_config,
+    write_log,
 )
-from tuneutils.shared.pairs import Source, open_source, split
 from tuneutils.tools.pref_tune.examples import (
     Examples,
     as_singles,
@@ -27,17 +34,8 @@ from tuneutils.tools.pref_tune.examples import (
     validate_kto,
 )
 from tuneutils.tools.pref_tune.params import TrainParams
-from tuneutils.tools.pref_tune.plan import check_options, text_limit
-from tuneutils.tools.pref_tune.setup import (
-    check_judge,
-    is_main,
-    log_event,
-    peaks,
-    reporter,
-    resume_point,
-    trainer_config,
-    without_dropout,
-)
+from tuneutils.tools.pref_tune.plan import check_options, rate, text_limit
+from tuneutils.tools.pref_tune.setup import check_judge, without_dropout
 
 
 @dataclass
@@ -63,13 +61,11 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
     from tuneutils.tools.pref_tune.report import headline, say, write_report
 
     params = run.params
-    if not is_main():
-        run.quiet = True
-        run.log.setLevel("ERROR")
+    hush_others(run)
     base = check_options(params)
     check = validate_kto if params.loss == "kto" else validate
-    source = open_source(run, run.inputs, "records", check)
-    heldout = open_source(run, [params.heldout], "heldout", check) if params.heldout else None
+    source = open_source(run, run.inputs, "records", validate=check)
+    heldout = open_source(run, [params.heldout], "heldout", validate=check) if params.heldout else None
     inputs = [model_input(params.model), *source.inputs, *(heldout.inputs if heldout else [])]
     if params.general:
         inputs.append(describe_input("general", params.general))
@@ -135,7 +131,6 @@ def _sides(
 
 def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, learnt: Examples) -> Fitted:
     """Train on the records; goes on from the last checkpoint of the same run."""
-    import torch
 
     from tuneutils.shared.adapters.fused_lora import fused
     from tuneutils.shared.training import MarkComplete, StopOnNaN
@@ -148,17 +143,17 @@ def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, le
     dtype = resolve_dtype(run.dtype, where)
     checkpoints = art.work / "checkpoints"
     singles = as_singles(learnt) if params.loss == "kto" else []
-    config = trainer_config(run, checkpoints, dtype, len(singles) or len(learnt.pairs), where.type == "cpu")
-    # Full fine-tuning keeps float32 master weights and multiplies in the precision asked for.
-    stored = torch.float32 if params.method == "full" else dtype
-    model = load_base(base, where, stored, quantization(params), params.trust_remote_code)
-    if quantization(params):
-        from tuneutils.shared.four_bit import keep_4bit_layout
-
-        keep_4bit_layout(model)
+    config = trainer_config(
+        run,
+        checkpoints,
+        dtype,
+        steps=optimizer_steps(params, len(singles) or len(learnt.pairs)),
+        learning_rate=rate(params),
+        use_cpu=where.type == "cpu",
+    )
+    stored = stored_dtype(params.method, dtype)
+    model = load_frozen(base, where, stored, quantization(params), params.trust_remote_code)
     without_dropout(model)
-    model.requires_grad_(False)
-    model.config.use_cache = False
     with fused(model, where, causal_masks=True), config.main_process_first(local=False):
         lesson = prepare(run, art, model, tokenizer, config, learnt.pairs, singles)
     model = apply_method(model, tokenizer, params, _first_prompt(learnt, tokenizer))
@@ -166,34 +161,15 @@ def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, le
         lesson.packs = False
     if params.gradient_checkpointing:
         model.enable_input_require_grads()
-    counts = parameter_counts(model)
-    run.log.info(
-        "%s by %s: %d of %d parameters trainable (%.3f %%), %s on %s",
-        params.loss,
-        params.method,
-        counts["trainable"],
-        counts["total"],
-        100 * counts["trainable"] / counts["total"],
-        dtype_name(dtype),
-        where,
-    )
-    callbacks = [MarkComplete(), StopOnNaN(), reporter(run, art)]
+    counts = log_parameters(run, model, f"{params.loss} by {params.method}", dtype, where)
+    callbacks = [MarkComplete(), StopOnNaN(), progress_report(run, art, ("loss", "margin", "accuracy"))]
     trainer = PreferenceTrainer(model, config, tokenizer, lesson, callbacks)
     with trainer.accelerator.main_process_first():
         resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(model, where, causal_masks=True):  # none but those of packed pairs
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    log_event(
-        run,
-        art,
-        event="done",
-        train_s=time.monotonic() - started,
-        resumed=bool(resume),
-        packed=lesson.packs,
-        device=str(where),
-        **peaks(where.type),
-    )
+    log_done(run, art, started, resume, where, packed=lesson.packs)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     return Fitted(
         trained,
@@ -230,9 +206,7 @@ def _save(run: Run[TrainParams], art: Artifact, base: ModelRef, fitted: Fitted) 
         settle_adapter_config(art.dir)
     (art.dir / "README.md").unlink(missing_ok=True)
     fitted.tokenizer.save_pretrained(art.dir)
-    with open(art.dir / "log.jsonl", "w", encoding="utf-8") as stream:
-        for line in fitted.log:
-            stream.write(json.dumps(line) + "\n")
+    write_log(art, fitted.log)
 
 
 def _record(

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tuneutils.shared.artifact import Input, describe_input, work_dir
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
-from tuneutils.shared.records import Located, Reader, dump_line, format_of
-from tuneutils.shared.supervise import LEARNABLE, Encoded, encode, windows
+from tuneutils.shared.record_source import Source
+from tuneutils.shared.records import Located, format_of
+from tuneutils.shared.supervise import Encoded, encode, windows
 from tuneutils.tools.qat_tune.params import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass
-class Stream:
-    """Record streams, hashed but not yet read; stdin, which can be read only once, is read here."""
-
-    role: str
-    reader: Reader
-    inputs: list[Input]
-    located: Iterable[Located]
 
 
 @dataclass
@@ -50,22 +38,8 @@ class Examples:
         return sum(e.learnt for e in self.encoded)
 
 
-def open_stream(run: Run[Params], paths: Sequence[str], role: str) -> Stream:
-    """Check and hash record streams."""
-    quarantine = None
-    if run.on_error == "quarantine" and run.output is not None:
-        quarantine = work_dir(run.output) / f"{role}.quarantine.jsonl"
-    inputs = [describe_input(role, path) for path in paths if path != "-"]
-    reader = Reader(paths, formats=LEARNABLE, on_error=run.on_error, quarantine=quarantine)
-    if "-" not in paths:
-        return Stream(role, reader, inputs, reader.located())
-    located = list(reader.located())
-    digest = hashlib.sha256(b"".join(dump_line(item.record) for item in located))
-    return Stream(role, reader, [*inputs, Input(role, "-", digest.hexdigest())], located)
-
-
 def encode_stream(
-    run: Run[Params], stream: Stream, tokenizer: PreTrainedTokenizerBase, limit: int
+    run: Run[Params], stream: Source, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> Examples:
     """Encode every record; plain text over ``limit`` tokens is split, the rest as ``--too-long`` says.
 

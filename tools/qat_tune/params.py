@@ -77,3 +77,6 @@ class Params:
     checkpoint_every: int = option(
         200, help="Steps between resumable checkpoints; 0 for none.", min=0, role="runtime"
     )
+
+    # What training can do and this tool does without.
+    gradient_checkpointing = False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.models import ModelRef, load_config, resolve
+from tuneutils.shared.processes import world_size
 from tuneutils.tools.qat_tune.params import Params
 
 
@@ -31,7 +31,7 @@ def check_options(params: Params) -> tuple[ModelRef, ModelRef | None]:
         raise ToolError("--temperature 0: must be above 0", code=ExitCode.USAGE)
     if params.scale_learning_rate is not None and not params.learn_scales:
         raise ToolError("--scale-learning-rate goes with --learn-scales", code=ExitCode.USAGE)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ToolError("qat-tune runs in one process; start it without a launcher", code=ExitCode.USAGE)
     return resolve(params.model), resolve(params.teacher) if params.teacher else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +20,21 @@ from tuneutils.shared.models import (
     model_input,
     parameter_counts,
 )
+from tuneutils.shared.record_source import open_source
+from tuneutils.shared.supervise import LEARNABLE
+from tuneutils.shared.tuning import (
+    log_done,
+    optimizer_steps,
+    progress_report,
+    resume_point,
+    trainer_config,
+    write_log,
+)
 from tuneutils.shared.weights import Weights, check_finite
-from tuneutils.tools.qat_tune.data import Examples, encode_stream, open_stream
+from tuneutils.tools.qat_tune.data import Examples, encode_stream
 from tuneutils.tools.qat_tune.params import Params
 from tuneutils.tools.qat_tune.plan import check_options
-from tuneutils.tools.qat_tune.settings import (
-    log_event,
-    progress_callback,
-    resume_point,
-    scale_rate,
-    training_config,
-)
+from tuneutils.tools.qat_tune.settings import learning_rate, scale_rate
 
 
 @dataclass
@@ -67,8 +70,8 @@ def qat_tune(run: Run[Params]) -> dict[str, Any]:
     params = run.params
     ref, teacher_ref = check_options(params)
     weights = Weights(ref, trust_remote_code=params.trust_remote_code)
-    records = open_stream(run, run.inputs, "records")
-    heldout = open_stream(run, [params.heldout], "heldout") if params.heldout else None
+    records = open_source(run, run.inputs, "records", formats=LEARNABLE)
+    heldout = open_source(run, [params.heldout], "heldout", formats=LEARNABLE) if params.heldout else None
     inputs = [model_input(params.model), *records.inputs]
     inputs += [model_input(params.teacher, "teacher")] if params.teacher else []
     inputs += heldout.inputs if heldout else []
@@ -183,28 +186,28 @@ def _train(job: Job, examples: Examples) -> None:
     checkpoints = art.work / "checkpoints"
     trainer = QatTrainer(
         job.model,
-        training_config(run, checkpoints, job.dtype, len(examples.encoded), job.where),
+        trainer_config(
+            run,
+            checkpoints,
+            job.dtype,
+            steps=optimizer_steps(params, len(examples.encoded)),
+            learning_rate=learning_rate(params),
+            use_cpu=job.where.type == "cpu",
+        ),
         job.tokenizer,
         examples.encoded,
         teacher=job.teacher,
         objective=objective,
         scale_rate=scale_rate(params),
-        callbacks=[MarkComplete(), StopOnNaN(), progress_callback(run, art)],
+        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art)],
     )
     resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(job.model, job.where):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    log_event(
-        run,
-        art,
-        event="done",
-        train_s=time.monotonic() - started,
-        resumed=bool(resume),
-        device=str(job.where),
-    )
+    log_done(run, art, started, resume, job.where)
     logged = trainer.log_lines()
-    (art.dir / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged), encoding="utf-8")
+    write_log(art, logged)
     losses = [line["loss"] for line in logged if "loss" in line]
     art.metrics.update(
         examples=len(examples.encoded),

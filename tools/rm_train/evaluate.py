@@ -13,7 +13,8 @@ from tuneutils.shared.artifact import Artifact, Input
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import GateFailed, ToolError, UpToDate
 from tuneutils.shared.models import model_input, resolve
-from tuneutils.shared.pairs import Source, open_source, read_pairs
+from tuneutils.shared.pairs import read_pairs
+from tuneutils.shared.record_source import Source, open_source
 from tuneutils.shared.records import Located, Record, check_messages
 from tuneutils.shared.reward_model import RewardModel, load_reward_model
 from tuneutils.shared.texts import encode_text, shortened
@@ -30,7 +31,7 @@ def evaluate(run: Run[EvalParams]) -> dict[str, Any]:
     """
     params = run.params
     resolve(params.model)
-    source = open_source(run, run.inputs, "records", validate)
+    source = open_source(run, run.inputs, "records", validate=validate)
     inputs = [*source.inputs, model_input(params.model, "reward-model")]
     with _open_report(run, inputs) as art:
         rm = load_reward_model(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
-from tuneutils.shared.artifact import describe_input, work_dir
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import GateFailed, ToolError
-from tuneutils.shared.pairs import Source
-from tuneutils.shared.records import Reader
+from tuneutils.shared.record_source import Source, open_source
 from tuneutils.shared.reward_model import RewardModel
 from tuneutils.shared.texts import encode_record, shortened
 from tuneutils.tools.rm_train.params import TrainParams
@@ -25,12 +22,7 @@ def open_demonstrations(run: Run[TrainParams]) -> Source | None:
     path = run.params.normalise
     if path in ("chosen", "all", "none"):
         return None
-    quarantine = None
-    if run.on_error == "quarantine" and run.output is not None:
-        name = work_dir(run.output) / "demonstrations.quarantine.jsonl"
-        quarantine = os.devnull if int(os.environ.get("RANK", "0")) else name
-    reader = Reader([path], formats=FORMATS, on_error=run.on_error, quarantine=quarantine)
-    return Source(reader, [describe_input("demonstrations", path)], reader.located())
+    return open_source(run, [path], "demonstrations", formats=FORMATS)
 
 
 def measured_on(

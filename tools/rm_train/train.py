@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +13,22 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.methods import apply_method, learning_rate, settle_adapter_config
-from tuneutils.shared.models import ModelRef, load_tokenizer, model_input, parameter_counts
-from tuneutils.shared.pairs import Pair, Source, open_source, read_pairs, split
+from tuneutils.shared.models import ModelRef, load_tokenizer, model_input
+from tuneutils.shared.pairs import Pair, read_pairs, split, validate
+from tuneutils.shared.processes import is_main
+from tuneutils.shared.record_source import Source, open_source
 from tuneutils.shared.reward_model import NORMALISATION, TEXT, RewardModel, load_classifier
+from tuneutils.shared.tuning import (
+    hush_others,
+    log_done,
+    log_parameters,
+    optimizer_steps,
+    progress_report,
+    resume_point,
+    stored_dtype,
+    training_options,
+    write_log,
+)
 from tuneutils.tools.rm_train.normalise import measured_on, open_demonstrations
 from tuneutils.tools.rm_train.params import TrainParams
 from tuneutils.tools.rm_train.plan import check_options, text_limit, with_head
@@ -42,12 +53,13 @@ def train(run: Run[TrainParams]) -> dict[str, Any]:
         ToolError: bad input, with its place; nothing is written then.
     """
     params = run.params
-    if not is_main():
-        run.quiet = True
-        run.log.setLevel("ERROR")
+    hush_others(run)
     base = check_options(params)
-    source = open_source(run, run.inputs, "records")
-    evals = {name: open_source(run, [path], role) for name, (role, path) in named(params.eval).items()}
+    source = open_source(run, run.inputs, "records", validate=validate)
+    evals = {
+        name: open_source(run, [path], role, validate=validate)
+        for name, (role, path) in named(params.eval).items()
+    }
     demonstrations = open_demonstrations(run)
     inputs = [model_input(params.model), *source.inputs]
     inputs += [i for s in (*evals.values(), demonstrations) if s is not None for i in s.inputs]
@@ -124,8 +136,6 @@ def fit(
     run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, pairs: Sequence[Pair], limit: int
 ) -> Fitted:
     """Train on the pairs; goes on from the last checkpoint of the same run."""
-    import torch
-
     from tuneutils.shared.adapters.fused_lora import fused
     from tuneutils.shared.training import MarkComplete, StopOnNaN
     from tuneutils.tools.rm_train.trainer import PairTrainer
@@ -134,12 +144,10 @@ def fit(
     seed_everything(run.seed)
     where = resolve_device(run.device)
     dtype = resolve_dtype(run.dtype, where)
-    # Full fine-tuning keeps float32 master weights and multiplies in the precision asked for.
-    stored = torch.float32 if params.method == "full" else dtype
     model = load_classifier(
         base,
         where,
-        stored,
+        stored_dtype(params.method, dtype),
         tokenizer.pad_token_id,
         new_head_seed=run.seed,
         trust_remote_code=params.trust_remote_code,
@@ -148,16 +156,7 @@ def fit(
     model = apply_method(model, tokenizer, with_head(params), ".")
     if params.gradient_checkpointing:
         model.enable_input_require_grads()
-    counts = parameter_counts(model)
-    run.log.info(
-        "%s: %d of %d parameters trainable (%.3f %%), %s on %s",
-        params.method,
-        counts["trainable"],
-        counts["total"],
-        100 * counts["trainable"] / counts["total"],
-        dtype_name(dtype),
-        where,
-    )
+    counts = log_parameters(run, model, params.method, dtype, where)
     checkpoints = art.work / "checkpoints"
     trainer = PairTrainer(
         model,
@@ -167,22 +166,14 @@ def fit(
         margin_scale=params.margin_scale,
         soft_labels=params.soft_labels,
         centre=params.centre,
-        callbacks=[MarkComplete(), StopOnNaN(), _reporter(run, art)],
+        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art, ("loss", "accuracy"))],
     )
     with trainer.accelerator.main_process_first():
-        resume = _resume_point(run, checkpoints, art)
+        resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(model, where, causal_masks=True):  # none but those of packed pairs
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    log_event(
-        run,
-        art,
-        event="done",
-        train_s=time.monotonic() - started,
-        resumed=bool(resume),
-        device=str(where),
-        **_peaks(where.type),
-    )
+    log_done(run, art, started, resume, where)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     rm = RewardModel(trained, tokenizer, where, dtype, template=params.template, max_length=limit)
     return Fitted(rm, counts, trainer.state.global_step, trainer.log_lines())
@@ -190,88 +181,17 @@ def fit(
 
 def _config(run: Run[TrainParams], folder: Path, dtype: Any, pairs: int, use_cpu: bool) -> Any:
     """TRL's RewardConfig for our parameters; its data preparation is off, since pairs come encoded."""
-    import torch
     from trl import RewardConfig
 
-    params = run.params
-    per_epoch = math.ceil(pairs / (params.batch_size * params.gradient_accumulation * world_size()))
-    steps = params.max_steps or max(1, math.ceil(per_epoch * params.epochs))
-    return RewardConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=params.batch_size,
-        gradient_accumulation_steps=params.gradient_accumulation,
-        learning_rate=learning_rate(params),
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(params.schedule, params.schedule),
-        warmup_steps=int(params.warmup * steps),
-        weight_decay=params.weight_decay,
-        max_grad_norm=params.max_grad_norm,
-        gradient_checkpointing=params.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+    options = training_options(
+        run,
+        folder,
+        dtype,
+        steps=optimizer_steps(run.params, pairs),
+        learning_rate=learning_rate(run.params),
         use_cpu=use_cpu,
-        seed=run.seed,
-        data_seed=run.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="no",
-        save_strategy="steps" if params.checkpoint_every else "no",
-        save_steps=params.checkpoint_every or 500,
-        save_total_limit=2,
-        restore_callback_states_from_checkpoint=True,
-        max_length=None,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=not use_cpu,
-        report_to=[],
-        disable_tqdm=True,
-        average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
-        ddp_backend="gloo" if use_cpu and world_size() > 1 else None,
     )
-
-
-def _reporter(run: Run[TrainParams], art: Artifact) -> Any:
-    from transformers import TrainerCallback
-
-    class Report(TrainerCallback):  # type: ignore[misc]
-        """Progress for people, and every logged step as a line of the run log."""
-
-        bar: Any = None
-
-        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-            if self.bar is None:
-                self.bar = run.progress(state.max_steps, "training", "steps")
-                self.bar.update(state.global_step)
-                return
-            last = next((e for e in reversed(state.log_history) if "loss" in e), None)
-            shown = {k: f"{last[k]:.3f}" for k in ("loss", "accuracy") if k in last} if last else {}
-            self.bar.update(1, **shown)
-
-        def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
-            log_event(run, art, event="step", step=state.global_step, **(logs or {}))
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            if self.bar is not None:
-                self.bar.__exit__()
-
-    return Report()
-
-
-def _resume_point(run: Run[TrainParams], checkpoints: Path, art: Artifact) -> Path | None:
-    """The checkpoint to go on from: only one of a run with the same inputs and parameters."""
-    from tuneutils.shared.artifact import library_versions
-    from tuneutils.shared.checkpoints import last_checkpoint, run_identity
-
-    values = {k: v["value"] for k, v in run.manifest_params().items()}
-    inputs = [(i.role, i.sha256) for i in art.inputs]
-    where = resolve_device(run.device).type
-    identity = run_identity(values, run.seed, inputs, library_versions(), world_size(), where)
-    found = last_checkpoint(checkpoints, identity)
-    if found is not None:
-        run.log.info("going on from step %s", found.name.split("-")[1])
-    return found
+    return RewardConfig(**options, max_length=None)
 
 
 def _save(run: Run[TrainParams], art: Artifact, base: ModelRef, fitted: Fitted) -> None:
@@ -290,9 +210,7 @@ def _save(run: Run[TrainParams], art: Artifact, base: ModelRef, fitted: Fitted) 
         model.save_pretrained(art.dir)
     (art.dir / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(art.dir)
-    with open(art.dir / "log.jsonl", "w", encoding="utf-8") as stream:
-        for line in fitted.log:
-            stream.write(json.dumps(line) + "\n")
+    write_log(art, fitted.log)
 
 
 def _merged(run: Run[TrainParams], base: ModelRef, tokenizer: Any, adapter: Path) -> Any:
@@ -328,36 +246,3 @@ def _record(art: Artifact, fitted: Fitted, pairs: Sequence[Pair], report: dict[s
         final_loss=next((e["loss"] for e in reversed(fitted.log) if "loss" in e), None),
         **headline(report),
     )
-
-
-def _peaks(device_type: str) -> dict[str, int]:
-    import resource
-
-    import torch
-
-    made = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device_type == "cuda":
-        made["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return made
-
-
-def log_event(run: Run[TrainParams], art: Artifact, **event: Any) -> None:
-    """A line of the run log: what depends on clock and machine belongs here, not in the artifact."""
-    if not is_main():
-        return
-    art.work.mkdir(parents=True, exist_ok=True)
-    with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
-
-
-def world_size() -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes."""
-    import os
-
-    return not int(os.environ.get("RANK", "0"))

@@ -14,7 +14,7 @@ from tuneutils.shared.command import Run
 from tuneutils.shared.device import resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.models import Loaded, load_base, load_tokenizer, model_input, resolve
-from tuneutils.shared.pairs import Source, open_source
+from tuneutils.shared.record_source import Source, open_source
 from tuneutils.shared.records import check
 from tuneutils.shared.streams import Record
 from tuneutils.tools.vocab_extend.params import INITS, Params
@@ -34,11 +34,11 @@ def extend(run: Run[Params]) -> dict[str, Any]:
     """
     params = run.params
     base = check_options(params)
-    given: dict[str, Source] = {"records": open_source(run, run.inputs, "records", _textual)}
+    given: dict[str, Source] = {"records": open_source(run, run.inputs, "records", validate=_textual)}
     for role in ("heldout", "general", "source", "dictionary"):
         path = getattr(params, role)
         if path:
-            given[role] = open_source(run, [path], role, _pair if role == "dictionary" else _textual)
+            given[role] = open_source(run, [path], role, validate=_pair if role == "dictionary" else _textual)
     inputs = [model_input(params.model), *(i for source in given.values() for i in source.inputs)]
     with run.artifact("model", inputs) as art:
         art.licence = inputs[0].licence

@@ -13,7 +13,8 @@ from support import Result, write_jsonl
 from tuneutils.shared.command import Run
 from tuneutils.shared.errors import ToolError
 from tuneutils.shared.models import load_tokenizer
-from tuneutils.shared.pairs import Pairs, canonical, open_source, prompt_key, read_pairs, split
+from tuneutils.shared.pairs import Pairs, canonical, prompt_key, read_pairs, split, validate
+from tuneutils.shared.record_source import open_source
 from tuneutils.shared.texts import encode_text, shortened, split_implicit
 from tuneutils.tools.rm_train.params import TrainParams
 
@@ -28,7 +29,7 @@ def read(tiny_model: Path, records: list[dict[str, Any]], on_error: str = "stop"
     path = write_jsonl(Path("in.jsonl"), records)
     limit = params.pop("limit", 128)
     run = Run("rm-train train", TrainParams(model=str(tiny_model), **params), on_error=on_error)
-    source = open_source(run, [str(path)], "records")
+    source = open_source(run, [str(path)], "records", validate=validate)
     return read_pairs(run, source, load_tokenizer(str(tiny_model)), template="auto", limit=limit)
 
 
