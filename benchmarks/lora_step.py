@@ -121,19 +121,20 @@ def result(
 
 def run_ours(args: argparse.Namespace) -> dict[str, float]:
     """The command itself, with its model loading watched for the memory that training starts from."""
-    from tuneutils.tools.lora_tune import cli, tune
+    from tuneutils.shared import fitting, tuning
+    from tuneutils.tools.lora_tune import cli
 
     loaded: list[int] = []
-    load = tune.load_base
+    load = tuning.load_base
 
     def watched(*given: Any, **keywords: Any) -> Any:
         model = load(*given, **keywords)
         loaded.append(start_of_growth(model))
         return model
 
-    ticks, callbacks = clock(), tune._callbacks
-    tune.load_base = watched
-    tune._callbacks = lambda *given: [*callbacks(*given), ticks]
+    ticks, callbacks = clock(), fitting._callbacks
+    tuning.load_base = watched
+    fitting._callbacks = lambda *given: [*callbacks(*given), ticks]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "records.jsonl")
         lines = Path(args.data).read_text(encoding="utf-8").splitlines(keepends=True)

@@ -236,12 +236,12 @@ def test_an_evaluation_changes_no_gradient_over_a_4bit_base(
     """bitsandbytes repacks 4-bit weights at the first evaluation; the repacked layout has no backward."""
     from bitsandbytes.functional import has_avx512bf16
 
-    from tuneutils.tools.lora_tune import tune as algorithm
+    from tuneutils.shared import tuning
 
     if not guarded:
         if not has_avx512bf16():
             pytest.skip("bitsandbytes repacks only where the CPU has AVX512-BF16")
-        monkeypatch.setattr(algorithm, "keep_4bit_layout", lambda _model: None)
+        monkeypatch.setattr(tuning, "keep_4bit_layout", lambda _model: None)
     model = build_tiny_model(workdir / "model", hidden_size=64, intermediate_size=128)
     common = [records, "--method", "qlora", "--max-steps", "4", "--dtype", dtype]
     assert tune(*common, model=model, output="plain").code == 0
