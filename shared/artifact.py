@@ -280,7 +280,12 @@ def check_stream(run: Run[Any], inputs: Sequence[Input]) -> None:
 
 
 def sidecar(run: Run[Any], stream: Path, inputs: Sequence[Input], **keys: Any) -> None:
-    """Write ``FILE.artifact.json`` beside a record stream that a tool has written."""
+    """Write ``FILE.artifact.json`` beside a record stream that a tool has written.
+
+    Nothing is written for stdout, a device or a pipe.
+    """
+    if str(stream) == "-" or not stream.is_file():
+        return
     manifest: Manifest = {
         "schema": SCHEMA,
         "kind": "records",

@@ -106,13 +106,17 @@ def _method(params: AlignParams) -> str:
     """The method asked for, or the most that the options given allow.
 
     Raises:
-        ToolError: it needs an option that is not given (2).
+        ToolError: it needs an option that is not given, or has no use for one that is (2).
     """
-    given = {"embedding": params.encoder, "dictionary": params.dictionary}
     if params.method == "auto":
-        return next((m for m, option in given.items() if option), "dictionary")
+        return "embedding" if params.encoder else "dictionary"
     if params.method == "embedding" and not params.encoder:
         raise ToolError("--method embedding needs --encoder", code=ExitCode.USAGE)
+    unused = {"gale-church": ("dictionary", "encoder", "min_score"), "dictionary": ("encoder",)}
+    for name in unused.get(params.method, ()):
+        if getattr(params, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise ToolError(f"--method {params.method} has no use for {option}", code=ExitCode.USAGE)
     return params.method
 
 
@@ -179,11 +183,8 @@ def _finish(
 ) -> dict[str, Any]:
     aligned = counts.total() - counts["left out"] - counts["below --min-score"]
     metrics = {"sentences": {"src": n, "tgt": m}, "beads": dict(sorted(counts.items())), "aligned": aligned}
-    if run.output != "-" and Path(str(run.output)).is_file():
-        licences = sorted({i.licence for i in inputs[:2] if i.licence})
-        sidecar(
-            run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences) or None
-        )  # fmt: skip
+    licences = sorted({i.licence for i in inputs[:2] if i.licence})
+    sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences) or None)
     shown = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
     run.log.info("%d and %d sentences, %d pairs (%s)", n, m, aligned, shown)
     if counts["left out"] > 0.5 * (n + m):

@@ -57,8 +57,7 @@ def backtranslate(run: Run[BacktranslateParams]) -> dict[str, Any]:
         "read": reader.stats.read, "written": writer.written, "dropped": dict(sorted(counts.items())),
         "refused": reader.stats.refused,
     }  # fmt: skip
-    if run.output != "-" and Path(str(run.output)).is_file():
-        sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=inputs[0].licence)
+    sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=inputs[0].licence)
     shown = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
     run.log.info("%d of %d texts translated; dropped: %s", writer.written, reader.stats.read, shown or "none")
     return {"output": run.output, "metrics": metrics}
@@ -105,9 +104,13 @@ def by_command(command: str) -> Translate:
     """A program that reads lines on stdin and writes as many on stdout; it runs without a shell.
 
     Raises:
-        ToolError: it cannot be run or fails (69), or gives another number of lines (65).
+        ToolError: it cannot be read as words (2), cannot be run or fails (69), or gives another number of
+            lines (65).
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as exc:
+        raise ToolError(f"--command {command}: {str(exc).lower()}", code=ExitCode.USAGE) from exc
     if not words:
         raise ToolError("--command: is empty", code=ExitCode.USAGE)
 

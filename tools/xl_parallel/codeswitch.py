@@ -62,9 +62,8 @@ def codeswitch(run: Run[CodeswitchParams]) -> dict[str, Any]:
         "records": reader.stats.read, **{k.replace(" ", "_"): n for k, n in sorted(counts.items())},
         "refused": reader.stats.refused,
     }  # fmt: skip
-    if run.output != "-" and Path(str(run.output)).is_file():
-        licences = sorted({i.licence for i in inputs if i.licence})
-        sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences) or None)
+    licences = sorted({i.licence for i in inputs if i.licence})
+    sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences) or None)
     run.log.info(
         "%d words of %d of %d records switched", counts["words switched"], counts["records switched"],
         reader.stats.read,

@@ -47,11 +47,10 @@ def extract(run: Run[ExtractParams]) -> dict[str, Any]:
         raise ToolError(f"{', '.join(run.inputs)}: no pair {params.src_lang}-{targets} ({shown})")
     metrics = {"pairs": dict(sorted(written.items())), "dropped": dict(sorted(dropped.items()))}
     licences = sorted({i.licence for i in inputs if i.licence})
-    if run.output != "-" and Path(str(run.output)).is_file():
-        origin = inputs[0].source if len(inputs) == 1 else None
-        sidecar(
-            run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences), source=origin
-        )
+    origin = inputs[0].source if len(inputs) == 1 else None
+    sidecar(
+        run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences), source=origin
+    )
     lost = "".join(f"; {n} {reason}" for reason, n in dropped.most_common())
     run.log.info("%d pairs of %d files%s", written.total(), len(paths), lost)
     return {"output": run.output, "metrics": metrics}
@@ -144,9 +143,10 @@ def _two_files(
 ) -> Iterator[tuple[str, str, str, str]]:
     """Source file, target file; sides are told by a language in the name where there is one."""
     if len(paths) != 2 or len(params.tgt_lang) != 1:
+        names = ", ".join(str(path) for path in paths)
         raise ToolError(
-            f"{kind}: takes one source file and one target file, got {len(paths)}"
-            + (f" and {len(params.tgt_lang)} target languages" if len(params.tgt_lang) != 1 else ""),
+            f"{names}: taken for {kind}, which is one source file and one target file in one language each; "
+            "--format says otherwise",
             code=ExitCode.USAGE,
         )
     src, tgt = paths

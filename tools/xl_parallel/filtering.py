@@ -130,11 +130,8 @@ def filter_pairs(run: Run[FilterParams]) -> dict[str, Any]:
             "language not known to the detector, its sides pass unjudged: %s",
             ", ".join(sorted(judge.unknown)),
         )
-    if run.output != "-" and Path(str(run.output)).is_file():
-        origin = inputs[0]
-        sidecar(
-            run, Path(str(run.output)), inputs, metrics=metrics, licence=origin.licence, source=origin.source
-        )
+    origin = inputs[0]
+    sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=origin.licence, source=origin.source)
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
     run.log.info("%d of %d pairs kept; dropped: %s", writer.written, reader.stats.read, reasons or "none")
     return {"output": run.output, "metrics": metrics}

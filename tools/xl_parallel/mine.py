@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tuneutils.tools.xl_parallel.glossary import sketched_spelling
 from tuneutils.tools.xl_parallel.margins import Agreement, Pairs, measure, nearest, retrieve, tune
 from tuneutils.tools.xl_parallel.params_pairs import MineParams
 from tuneutils.tools.xl_parallel.sides import read_lines
-from tuneutils.tools.xl_parallel.vectors import open_encoder
+from tuneutils.tools.xl_parallel.vectors import encoder_input, open_encoder, seems_swapped
 
 #: Texts encoded at once.
 BATCH = 1 << 14
@@ -75,9 +74,8 @@ def mine(run: Run[MineParams]) -> dict[str, Any]:
         results["gold"] = measure(pairs.scores, correct, gold, -np.inf if threshold is None else threshold)
     written = _write(run, pairs, src, tgt, threshold)
     metrics = _metrics(run, src, tgt, written, threshold, results)
-    if run.output != "-" and Path(str(run.output)).is_file():
-        licences = sorted({i.licence for i in inputs[:2] if i.licence})
-        sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences) or None)
+    licences = sorted({i.licence for i in inputs[:2] if i.licence})
+    sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=" AND ".join(licences) or None)
     if params.min_f1 is not None and results["gold"].f1 < params.min_f1:
         raise GateFailed(f"F1 {results['gold'].f1:.3f} is below --min-f1 {params.min_f1:g}")
     return {"output": run.output, "metrics": metrics}
@@ -121,9 +119,9 @@ def found(run: Run[MineParams], src: Pile, tgt: Pile) -> Pairs:
         weight = SPELLING if isinstance(encoder, Encoder) else 0.0
     for pile, rows, name in ((src, x, run.inputs[0]), (tgt, y, run.inputs[1])):
         if blank := int((~rows.any(1)).sum()):
-            run.log.warning(
-                "%s: nothing is known of %d of %d sentences; swapped piles?", name, blank, len(pile.texts)
-            )
+            run.log.warning("%s: nothing is known of %d of %d sentences", name, blank, len(pile.texts))
+    if seems_swapped(encoder, src.texts, tgt.texts, params.src_lang, params.tgt_lang):
+        run.log.warning("the encoder knows more of %s as %s: swapped piles?", run.inputs[0], params.tgt_lang)
     if weight:
         shared = sketched_spelling(*([without_accents(t) for t in pile.texts] for pile in (src, tgt)))
         x, y = (normalised(np.hstack([a, weight * normalised(b)])) for a, b in zip((x, y), shared))
@@ -212,12 +210,8 @@ def _metrics(
 
 
 def _inputs(run: Run[MineParams]) -> list[Input]:
-    """The piles, and what else decides; a Hub id has no hash of its own here and is a parameter."""
+    """The piles, and what else decides."""
     params = run.params
-    made = [describe_input("pile", path) for path in run.inputs]
-    named: Sequence[tuple[str, str | None]] = (
-        ("encoder", params.encoder if Path(params.encoder).exists() else None),
-        ("tune", params.tune),
-        ("gold", params.gold),
-    )
-    return made + [describe_input(role, path) for role, path in named if path]
+    made = [*(describe_input("pile", path) for path in run.inputs), encoder_input(params.encoder)]
+    known = (("tune", params.tune), ("gold", params.gold))
+    return made + [describe_input(role, path) for role, path in known if path]

@@ -14,7 +14,7 @@ from tuneutils.shared.records import Reader, open_writer
 from tuneutils.shared.streams import Record
 from tuneutils.tools.xl_parallel.margins import Floats, margin, nearest
 from tuneutils.tools.xl_parallel.params_pairs import ScoreParams
-from tuneutils.tools.xl_parallel.vectors import Vectors, open_encoder
+from tuneutils.tools.xl_parallel.vectors import Vectors, encoder_input, open_encoder
 
 #: Texts encoded at once.
 BATCH = 1 << 14
@@ -23,9 +23,7 @@ BATCH = 1 << 14
 def score(run: Run[ScoreParams]) -> dict[str, Any]:
     """Run ``xl-parallel score``; returns the summary."""
     params = run.params
-    inputs = [describe_input("pairs", path) for path in run.inputs]
-    if Path(params.encoder).exists():
-        inputs.append(describe_input("encoder", params.encoder))
+    inputs = [*(describe_input("pairs", path) for path in run.inputs), encoder_input(params.encoder)]
     check_stream(run, inputs)
     encoder = open_encoder(params.encoder)
     quarantine = f"{run.output}.quarantine.jsonl" if run.output not in (None, "-") else None
@@ -40,8 +38,7 @@ def score(run: Run[ScoreParams]) -> dict[str, Any]:
     metrics = {
         "pairs": len(records), "p10": low, "median": middle, "p90": high, "refused": reader.stats.refused,
     }  # fmt: skip
-    if run.output != "-" and Path(str(run.output)).is_file():
-        sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=inputs[0].licence)
+    sidecar(run, Path(str(run.output)), inputs, metrics=metrics, licence=inputs[0].licence)
     run.log.info(
         "%d pairs, %s: median %.4f, 10 %% below %.4f, 10 %% above %.4f", len(records), params.margin, middle,
         low, high,

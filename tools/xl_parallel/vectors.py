@@ -14,6 +14,8 @@ from tuneutils.shared.errors import ExitCode, ToolError, require
 from tuneutils.tools.xl_parallel.encoder import CONFIG, Encoder, normalised
 
 Floats = NDArray[np.float32]
+#: Texts of a side that are looked at to see whether the sides are swapped.
+SAMPLE = 500
 
 
 class Vectors(Protocol):
@@ -73,4 +75,23 @@ def open_encoder(name: str) -> Vectors:
             f"--encoder {name}: no such folder; make one: xl-parallel encoder PAIRS -o {name}",
             code=ExitCode.MISSING_INPUT,
         )
-    return SentenceTransformer(name)
+    try:
+        return SentenceTransformer(name)
+    except ToolError as exc:
+        if folder.exists():
+            raise
+        reason = str(exc).removeprefix(f"--encoder {name}: ")
+        raise ToolError(f"--encoder {name}: no such folder; as a model: {reason}", code=exc.code) from exc
+
+
+def seems_swapped(
+    encoder: Vectors, src: Sequence[str], tgt: Sequence[str], src_lang: str, tgt_lang: str
+) -> bool:
+    """Whether an encoder learnt here knows more of the texts' beginnings with the languages exchanged."""
+    if not isinstance(encoder, Encoder):
+        return False
+
+    def known(texts: Sequence[str], lang: str) -> int:
+        return int(encoder.side(lang).weighted(texts[:SAMPLE]).nnz)
+
+    return known(src, tgt_lang) + known(tgt, src_lang) > known(src, src_lang) + known(tgt, tgt_lang)

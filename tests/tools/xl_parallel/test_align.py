@@ -213,7 +213,8 @@ def words(tmp_path):
 
 @pytest.mark.parametrize("method", ["gale-church", "dictionary"])
 def test_translations_in_order_go_one_to_one(tmp_path, words, method):
-    _, records, beads = run(tmp_path, EN, ES, "--method", method, "--dictionary", words)
+    more = ("--dictionary", words) if method == "dictionary" else ()
+    _, records, beads = run(tmp_path, EN, ES, "--method", method, *more)
     assert beads == [([i], [i]) for i in range(6)]
     assert [(r["src"], r["tgt"]) for r in records] == list(zip(EN, ES))
     assert all(r["src_lang"] == "en" and r["tgt_lang"] == "es" for r in records)
@@ -314,6 +315,8 @@ def test_what_cannot_be_aligned_is_one_line(tmp_path):
     assert "no sentences" in result.error
     result, _, _ = run(tmp_path, EN, ES, "--method", "embedding")
     assert result.code == 2
+    result, _, _ = run(tmp_path, EN, ES, "--method", "gale-church", "--min-score", "0.1")
+    assert (result.code, "--min-score" in result.error) == (2, True)
     (tmp_path / "bad.tsv").write_text("house casa\n")
     result, _, _ = run(tmp_path, EN, ES, "--dictionary", tmp_path / "bad.tsv")
     assert result.code == 65

@@ -226,8 +226,14 @@ def test_a_million_copies_are_one_sentence(encoder: Path, tmp_path: Path) -> Non
 
 
 def test_swapped_piles_are_warned_of(encoder: Path, tmp_path: Path) -> None:
-    src, tgt = lines(tmp_path / "a", ("東京は大きい",)), lines(tmp_path / "b", EN)
+    src, tgt = lines(tmp_path / "a", ES), lines(tmp_path / "b", EN)
     assert "swapped piles" in mine(encoder, src, tgt, tmp_path / "out.jsonl").stderr
+    assert "swapped piles" not in mine(encoder, tgt, src, tmp_path / "right.jsonl").stderr
+
+
+def test_a_script_that_the_encoder_never_saw_is_warned_of(encoder: Path, tmp_path: Path) -> None:
+    src, tgt = lines(tmp_path / "a", ("東京は大きい",)), lines(tmp_path / "b", ES)
+    assert "nothing is known of 1 of 1" in mine(encoder, src, tgt, tmp_path / "out.jsonl").stderr
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_a_command_that_is_not_there_and_two_translators(tmp_path: Path) -> None
     args = ("backtranslate", "--from-lang", "es", "--to-lang", "en", source)
     assert invoke(XL, *args, "--command", "no-such-program -u").code == 69
     assert invoke(XL, *args).code == 2
+    assert invoke(XL, *args, "--command", 'tr "a').code == 2
     assert invoke(XL, *args, "--command", "cat", "-m", "x").code == 2
     assert invoke(XL, *args, "--command", "cat", "--prompt", "Translate").code == 2
 
