@@ -27,7 +27,8 @@ from tuneutils.tools.xl_parallel.vectors import encoder_input, open_encoder
 
 Floats = NDArray[np.float64]
 
-#: Shares of the views in a similarity: what is spelt alike, glosses by a dictionary, an encoder's vectors.
+#: Weights of the views in a similarity: what is spelt alike, glosses by a dictionary, an encoder's vectors.
+#: Chosen, as similarity.py's constants, on the development part of Bleualign's German-French articles.
 SPELLING, GLOSS, ENCODER = 0.14, 0.4, 0.2
 
 #: Cells of a table that Gale-Church, which has no band, may fill.
