@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ __all__ = [
     "library_versions",
     "lineage",
     "load_manifest",
+    "log_event",
     "manifest_of",
     "portable_path",
     "sha256_file",
@@ -69,6 +71,16 @@ def work_dir(output: str | os.PathLike[str]) -> Path:
     """Where a tool keeps checkpoints and the run log of an output: untracked, beside it."""
     path = Path(output)
     return path.parent / ".work" / path.name
+
+
+def log_event(run: Run[Any], **event: Any) -> None:
+    """A line of the run log of a run's output: what depends on clock and machine goes there."""
+    if not is_main():
+        return
+    work = work_dir(str(run.output))
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "run.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
 
 
 @dataclass

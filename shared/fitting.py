@@ -86,7 +86,7 @@ def fit(
         fitting.tokenizer,
         examples.encoded,
         held.encoded,
-        callbacks=[MarkComplete(), StopOnNaN(), *_callbacks(run, art)],
+        callbacks=[MarkComplete(), StopOnNaN(), *_callbacks(run)],
         **trainer_keywords,
     )
     with trainer.accelerator.main_process_first():
@@ -97,7 +97,7 @@ def fit(
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if held.encoded and not run.params.patience and not _evaluated(trainer.state):
             trainer.evaluate()
-    log_done(run, art, started, resume, fitting.where)
+    log_done(run, started, resume, fitting.where)
     _record(fitting, trainer, counts)
     return trainer
 
@@ -130,10 +130,10 @@ def _config(fitting: Fitting, folder: Path, learning_rate: float) -> Any:
     )
 
 
-def _callbacks(run: Run[Any], art: Artifact) -> list[Any]:
+def _callbacks(run: Run[Any]) -> list[Any]:
     from transformers import EarlyStoppingCallback
 
-    made: list[Any] = [progress_report(run, art)]
+    made: list[Any] = [progress_report(run)]
     if run.params.patience:
         made.append(EarlyStoppingCallback(early_stopping_patience=run.params.patience))
     return made

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
-from tuneutils.shared.artifact import Artifact
+from tuneutils.shared.artifact import Artifact, log_event
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device
 from tuneutils.shared.errors import ExitCode, ToolError
 from tuneutils.shared.four_bit import keep_4bit_layout
-from tuneutils.shared.methods import settle_adapter_config
+from tuneutils.shared.methods import MethodParams, quantization, settle_adapter_config
 from tuneutils.shared.models import ModelRef, load_base, parameter_counts, resolve
 from tuneutils.shared.processes import is_main, world_size
 
@@ -51,11 +51,13 @@ def stored_dtype(method: str, dtype: Any) -> Any:
     return torch.float32 if method == "full" else dtype
 
 
-def load_frozen(
-    base: ModelRef, where: Any, dtype: Any, quantization: str | None, trust_remote_code: bool
-) -> Any:
-    """A base without gradients and cache; see ``models.load_base`` for the arguments."""
-    model = load_base(base, where, dtype, quantization, trust_remote_code)
+def load_frozen(base: ModelRef, where: Any, dtype: Any, scheme: str | None, trust_remote_code: bool) -> Any:
+    """A base without gradients and cache.
+
+    Args:
+        scheme: of 4-bit storage, if any.
+    """
+    model = load_base(base, where, dtype, scheme, trust_remote_code)
     keep_4bit_layout(model)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -75,6 +77,30 @@ def log_parameters(run: Run[Any], model: Any, what: str, dtype: Any, where: Any)
         where,
     )
     return counts
+
+
+def memory_estimate(
+    params: MethodParams, config: Any, counts: dict[str, int], itemsize: int, tokens: int
+) -> int:
+    """Weights, gradients, Adam's two moments, and the activations that backward keeps, in bytes.
+
+    Activations per token and layer: about 34 hidden-size values of two bytes with the feed-forward block at
+    four times the hidden size (Korthikanti et al. 2022, equation 1, without the quadratic attention term,
+    which memory-efficient attention does not keep); one value with gradient checkpointing.
+
+    Args:
+        config: of the model, with ``hidden_size`` and ``num_hidden_layers``.
+        counts: ``total`` and ``trainable`` parameters.
+        itemsize: bytes of a number in the precision that is computed in.
+        tokens: of a micro-batch.
+    """
+    trainable = counts["trainable"]
+    stored = 4.0 if params.method == "full" else (0.55 if quantization(params) else float(itemsize))
+    weights = (counts["total"] - trainable) * stored + trainable * 4
+    per_layer = config.hidden_size * (1 if params.gradient_checkpointing else 17) * itemsize
+    activations = tokens * per_layer * config.num_hidden_layers
+    chunk_of_logits = 2 * 32 * 2**20
+    return int(weights + 3 * 4 * trainable + activations + chunk_of_logits)
 
 
 def optimizer_steps(params: Any, examples: int) -> int:
@@ -154,7 +180,7 @@ def trainer_config(
     return SFTConfig(**{**options, **own, **changes})
 
 
-def progress_report(run: Run[Any], art: Artifact, shown: Sequence[str] = ("loss",)) -> Any:
+def progress_report(run: Run[Any], shown: Sequence[str] = ("loss",)) -> Any:
     """A trainer's callback: progress for people, and every logged step as a line of the run log.
 
     Args:
@@ -174,7 +200,7 @@ def progress_report(run: Run[Any], art: Artifact, shown: Sequence[str] = ("loss"
             self.bar.update(1, **{name: f"{last[name]:.3f}" for name in shown if name in last})
 
         def on_log(self, _args: Any, state: Any, _control: Any, logs: Any = None, **_: Any) -> None:
-            log_event(run, art, event="step", step=state.global_step, **(logs or {}))
+            log_event(run, event="step", step=state.global_step, **(logs or {}))
             if logs and "eval_loss" in logs:
                 run.log.info("step %d: held-out loss %.4f", state.global_step, logs["eval_loss"])
 
@@ -233,7 +259,7 @@ def write_log(art: Artifact, lines: Sequence[dict[str, Any]]) -> None:
             stream.write(json.dumps(line) + "\n")
 
 
-def peaks(device_type: str) -> dict[str, int]:
+def _peaks(device_type: str) -> dict[str, int]:
     """Peak memory of this process, in bytes; for the run log alone."""
     import resource
 
@@ -245,18 +271,7 @@ def peaks(device_type: str) -> dict[str, int]:
     return made
 
 
-def log_event(run: Run[Any], art: Artifact, **event: Any) -> None:
-    """A line of the run log: what depends on clock and machine belongs here, not in the artifact."""
-    if not is_main():
-        return
-    art.work.mkdir(parents=True, exist_ok=True)
-    with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
-
-
-def log_done(
-    run: Run[Any], art: Artifact, started: float, resume: Path | None, where: Any, **facts: Any
-) -> None:
+def log_done(run: Run[Any], started: float, resume: Path | None, where: Any, **facts: Any) -> None:
     """Tell the run log that training is done, what it took, and where.
 
     Args:
@@ -265,11 +280,10 @@ def log_done(
     """
     log_event(
         run,
-        art,
         event="done",
         train_s=time.monotonic() - started,
         resumed=bool(resume),
         device=str(where),
-        **peaks(where.type),
+        **_peaks(where.type),
         **facts,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneutils.shared.artifact import Artifact, Input, describe_input
+from tuneutils.shared.artifact import Artifact, Input, describe_input, log_event
 from tuneutils.shared.command import Run, Summary
 from tuneutils.shared.device import usable_cpus
 from tuneutils.shared.errors import ExitCode, ToolError
@@ -57,7 +56,7 @@ def build(run: Run[BuildParams]) -> Summary:
             pool.close()
         (spool / "all.dropped").replace(art.dir / "dropped.jsonl")
         shutil.rmtree(spool)
-        _log(run, art, seconds=time.monotonic() - started, bytes=found.bytes)
+        log_event(run, event="done", seconds=time.monotonic() - started, bytes=found.bytes)
         _say(run, pool, found, made)
         return {"output": run.output, **summary}
 
@@ -162,13 +161,6 @@ def _together(run: Run[BuildParams], pool: Pool) -> None:
         from tuneutils.tools.corpus_build.select import select
 
         select(pool, params, run.seed)
-
-
-def _log(run: Run[BuildParams], art: Artifact, **event: Any) -> None:
-    """A line of the run log: what depends on clock and machine belongs here, not in the artifact."""
-    art.work.mkdir(parents=True, exist_ok=True)
-    with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "tool": run.tool, "event": "done", **event}) + "\n")
 
 
 def _say(run: Run[BuildParams], pool: Pool, found: Found, made: Split) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype
 from tuneutils.shared.errors import ExitCode, ToolError
-from tuneutils.shared.methods import apply_method, check_method, learning_rate, quantization
+from tuneutils.shared.methods import apply_method, check_method, learning_rate
 from tuneutils.shared.models import ModelRef, load_config, load_tokenizer, parameter_counts
-from tuneutils.shared.tuning import base_to_tune
+from tuneutils.shared.tuning import base_to_tune, memory_estimate
 from tuneutils.tools.cpt_run import units
 from tuneutils.tools.cpt_run.params import Params
 
@@ -91,20 +91,7 @@ def plan(run: Run[Params]) -> dict[str, Any]:
     return shown | {
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
-        "memory_estimate_bytes": memory_estimate(params, config, counts, dtype.itemsize),
+        "memory_estimate_bytes": memory_estimate(
+            params, config, counts, dtype.itemsize, params.batch_size * params.max_length
+        ),
     }
-
-
-def memory_estimate(params: Params, config: Any, counts: dict[str, int], itemsize: int) -> int:
-    """Weights, gradients, Adam's two moments, and the activations that backward keeps, in bytes.
-
-    Activations per token and layer: about 34 hidden-size values of two bytes (Korthikanti et al. 2022,
-    equation 1, without the quadratic attention term); one with gradient checkpointing.
-    """
-    trainable = counts["trainable"]
-    stored = 4.0 if params.method == "full" else (0.55 if quantization(params) else float(itemsize))
-    tokens = params.batch_size * params.max_length
-    per_layer = config.hidden_size * (1 if params.gradient_checkpointing else 17) * itemsize
-    activations = tokens * per_layer * config.num_hidden_layers
-    weights = (counts["total"] - trainable) * stored + trainable * 4
-    return int(weights + 3 * 4 * trainable + activations + 2 * 32 * 2**20)

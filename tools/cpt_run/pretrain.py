@@ -175,7 +175,7 @@ def _train(setup: Setup, resume: Path | None) -> reports.Report:
     from tuneutils.shared.training import MarkComplete, StopOnNaN
     from tuneutils.tools.cpt_run.trainer import PackedTrainer, Rows
 
-    run, art, loaded = setup.run, setup.art, setup.loaded
+    run, loaded = setup.run, setup.loaded
     params = run.params
     full = params.method == "full"
     with fused(loaded.model, loaded.device, causal_masks=True, learning_norms=full):
@@ -206,13 +206,13 @@ def _train(setup: Setup, resume: Path | None) -> reports.Report:
                 update, steps, schedule=params.schedule, warmup=warmup, final=params.final_rate
             ),
             measure=lambda step: _measure(setup, step),
-            callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art)],
+            callbacks=[MarkComplete(), StopOnNaN(), progress_report(run)],
         )
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if setup.tracker.texts and steps not in setup.tracker.history:
             trainer.evaluate()
-    log_done(run, art, began, resume, loaded.device)
+    log_done(run, began, resume, loaded.device)
     _recall(setup, steps)
     return _save(setup, trainer, mixture, steps)
 

@@ -184,14 +184,14 @@ def _train(
         ),
         setup.tokenizer,
         examples.student,
-        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art)],
+        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run)],
     )
     resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(student, setup.where):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     reused = lesson.cache.reused if lesson.cache else None
-    log_done(run, art, started, resume, setup.where, cache_reused=reused)
+    log_done(run, started, resume, setup.where, cache_reused=reused)
     drop_projections(student)
     student.config.use_cache = True
     student.requires_grad_(False).eval().save_pretrained(art.dir)

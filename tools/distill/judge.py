@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tuneutils.shared.artifact import Artifact, write_json
+from tuneutils.shared.artifact import Artifact, log_event, write_json
 from tuneutils.shared.errors import GateFailed, ToolError
 from tuneutils.shared.models import load_tokenizer
 from tuneutils.shared.record_source import Source
 from tuneutils.shared.supervise import Encoded
-from tuneutils.shared.tuning import log_event
 from tuneutils.tools.distill.capabilities import HELDOUT, Capability
 from tuneutils.tools.distill.data import encode_one, same_tokenizer
 from tuneutils.tools.distill.setup import Setup, load
@@ -46,7 +45,7 @@ def judge(
         art.metrics["report"] = {name: _headline(made[name]) for name in sets}
     if params.speed:
         speed = speed_up(teacher, student, setup.tokenizer.pad_token_id)
-        log_event(run, art, event="speed", **speed)
+        log_event(run, event="speed", **speed)
         for what, value in speed.items():
             run.log.info("%s: %.2f times the teacher's speed", what, value["speed_up"]["value"])
 

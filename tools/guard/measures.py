@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tuneutils.shared.artifact import work_dir
+from tuneutils.shared.artifact import log_event
 from tuneutils.shared.command import Run
 from tuneutils.shared.guarding import Guard, Watch
 from tuneutils.tools.guard.bounds import share
@@ -80,11 +79,7 @@ def latency(guard: Guard) -> dict[str, dict[str, float]]:
 
 def log_run(run: Run[Any], guard: Guard, **more: Any) -> None:
     """What differs from run to run goes beside the artifact."""
-    work = work_dir(str(run.output))
-    work.mkdir(parents=True, exist_ok=True)
-    line = {"event": "done", "tool": run.tool, **more, "layers": latency(guard)}
-    with open(work / "run.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
+    log_event(run, event="done", **more, layers=latency(guard))
 
 
 def shown(found: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from tuneutils.shared.models import (
     parameter_counts,
     resolve,
 )
-from tuneutils.shared.tuning import base_to_tune
+from tuneutils.shared.tuning import base_to_tune, memory_estimate
 from tuneutils.tools.lora_tune.params import Params
 
 #: Methods that pass a cache of keys and values, which recomputed layers would extend a second time.
@@ -89,7 +89,9 @@ def plan(run: Run[Params]) -> dict[str, Any]:
         "learning_rate": learning_rate(params),
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
-        "memory_estimate_bytes": memory_estimate(params, config, counts, dtype.itemsize),
+        "memory_estimate_bytes": memory_estimate(
+            params, config, counts, dtype.itemsize, params.batch_size * params.max_length
+        ),
     }
 
 
@@ -104,20 +106,3 @@ def _prompt_counts(model: Any, params: Params) -> dict[str, int]:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         added = params.virtual_tokens * 2 * config.num_hidden_layers * heads * head_dim
     return {"trainable": added, "total": total + added}
-
-
-def memory_estimate(params: Params, config: Any, counts: dict[str, int], itemsize: int) -> int:
-    """Weights, gradients, Adam's two moments, and the activations that backward keeps, in bytes.
-
-    Activations per token and layer: about 34 hidden-size values with the feed-forward block at four times
-    the hidden size (Korthikanti et al. 2022, equation 1, without the quadratic attention term, which
-    memory-efficient attention does not keep); one with gradient checkpointing.
-    """
-    trainable = counts["trainable"]
-    stored = 4.0 if params.method == "full" else (0.55 if quantization(params) else float(itemsize))
-    weights = (counts["total"] - trainable) * stored + trainable * 4
-    tokens = params.batch_size * params.max_length
-    per_layer = config.hidden_size * (1 if params.gradient_checkpointing else 17) * itemsize
-    activations = tokens * per_layer * config.num_hidden_layers
-    chunk_of_logits = 2 * 32 * 2**20
-    return int(weights + 3 * 4 * trainable + activations + chunk_of_logits)

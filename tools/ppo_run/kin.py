@@ -96,7 +96,7 @@ def learn_with_trl(run: Run[Params], art: Artifact, setting: Any, progress: Prog
             progress.log.append(line)
             progress.update, progress.episodes = line["update"], line["episodes"]
             episodes, scores = [e for e, _ in shown], torch.tensor([s for _, s in shown])
-            report.show(run, art, progress, line, episodes, scores)
+            report.show(run, progress, line, episodes, scores)
             bar.update(1, reward=f"{line['reward']:.3f}", kl=f"{line['kl']:.2f}")
             raw.clear()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tuneutils.shared import device  # noqa: F401 - sets the thread policy befor
 
 from torch import Tensor  # isort: skip
 
-from tuneutils.shared.artifact import Artifact
+from tuneutils.shared.artifact import Artifact, log_event
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name
 from tuneutils.shared.evaluate import paired_difference, ratio_estimate
@@ -32,14 +31,13 @@ SAMPLES = 2
 
 def show(
     run: Run[Params],
-    art: Artifact,
     progress: Progress,
     line: dict[str, Any],
     episodes: Sequence[Episode],
     scores: Tensor,
 ) -> None:
     """One update on stderr and in the run log, with a few texts now and then."""
-    log_event(run, art, event="update", **line, **progress.seconds)
+    log_event(run, event="update", **line, **progress.seconds)
     run.log.debug(
         "update %d: reward %.4f, KL %.3f, entropy %.3f, length %.1f, clipped %.3f, explained %.3f",
         line["update"],
@@ -69,15 +67,6 @@ def show(
                     "finished": episode.finished,
                 }
             )
-
-
-def log_event(run: Run[Params], art: Artifact, **event: Any) -> None:
-    """A line of the run log: what depends on clock and machine belongs here, not in the artifact."""
-    if not art.writes:
-        return
-    art.work.mkdir(parents=True, exist_ok=True)
-    with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"time": time.time(), "tool": run.tool, **event}, default=str) + "\n")
 
 
 def save(run: Run[Params], art: Artifact, actors: Actors, base: ModelRef, progress: Progress) -> None:

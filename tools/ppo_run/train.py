@@ -14,7 +14,7 @@ from tuneutils.shared.record_source import Source, open_source
 import torch  # isort: skip
 from safetensors.torch import load_file, save_file
 
-from tuneutils.shared.artifact import Artifact, Input, library_versions
+from tuneutils.shared.artifact import Artifact, Input, library_versions, log_event
 from tuneutils.shared.checkpoints import last_checkpoint, run_identity
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import dtype_name, resolve_device, resolve_dtype, seed_everything
@@ -198,7 +198,7 @@ def learn(run: Run[Params], art: Artifact, setting: Setting) -> Progress:
             if progress.stopped is None:
                 progress.update += 1
                 progress.episodes = line["episodes"]
-            report.show(run, art, progress, line, episodes, scores)
+            report.show(run, progress, line, episodes, scores)
             for warning in diagnose(progress.log, params, warned):
                 run.log.warning("update %d: %s", line["update"], warning)
             if len(progress.log) == CONSTANT_BATCHES and all(map(is_constant, progress.log)):
@@ -213,7 +213,7 @@ def learn(run: Run[Params], art: Artifact, setting: Setting) -> Progress:
                 _evaluate_and_keep(run, setting, progress, folder)
             if _due(params.checkpoint_every, progress.update) and not last:
                 save_checkpoint(folder, progress, actors, optimizer, processes)
-    report.log_event(run, art, event="done", resumed=found is not None, device=str(actors.where))
+    log_event(run, event="done", resumed=found is not None, device=str(actors.where))
     if params.keep == "best" and progress.best is not None:
         load_trainable(actors, load_file(str(best_file(folder, progress.best["update"]))))
     return progress

@@ -11,7 +11,6 @@ from tuneutils.shared.methods import (
     check_method,
     learning_rate,
     peft_options,
-    quantization,
 )
 from tuneutils.shared.models import (
     ModelRef,
@@ -21,6 +20,7 @@ from tuneutils.shared.models import (
     parameter_counts,
     resolve,
 )
+from tuneutils.shared.tuning import memory_estimate
 from tuneutils.tools.pref_tune.params import TrainParams
 
 #: Lower than for supervised learning: the loss is on whole sequences, and the model must stay near itself.
@@ -103,21 +103,7 @@ def plan(run: Run[TrainParams]) -> dict[str, Any]:
         **shown,
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
-        "memory_estimate_bytes": memory_estimate(params, config, counts, dtype.itemsize),
+        "memory_estimate_bytes": memory_estimate(
+            params, config, counts, dtype.itemsize, 2 * params.batch_size * params.max_length
+        ),
     }
-
-
-def memory_estimate(params: TrainParams, config: Any, counts: dict[str, int], itemsize: int) -> int:
-    """Weights, gradients, Adam's two moments, and the activations of both sides of a batch, in bytes.
-
-    Activations per token and layer: about 17 values of the hidden size, one with gradient checkpointing
-    (Korthikanti et al. 2022, equation 1, without the attention scores). There is no second model: the
-    reference's log-probabilities are computed before.
-    """
-    trainable = counts["trainable"]
-    stored = 4.0 if params.method == "full" else (0.55 if quantization(params) else float(itemsize))
-    weights = (counts["total"] - trainable) * stored + trainable * 4
-    tokens = 2 * params.batch_size * params.max_length
-    per_layer = config.hidden_size * (1 if params.gradient_checkpointing else 17) * itemsize
-    chunk_of_logits = 2 * 32 * 2**20
-    return int(weights + 12 * trainable + tokens * per_layer * config.num_hidden_layers + chunk_of_logits)

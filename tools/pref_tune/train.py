@@ -162,14 +162,14 @@ def fit(run: Run[TrainParams], art: Artifact, base: ModelRef, tokenizer: Any, le
     if params.gradient_checkpointing:
         model.enable_input_require_grads()
     counts = log_parameters(run, model, f"{params.loss} by {params.method}", dtype, where)
-    callbacks = [MarkComplete(), StopOnNaN(), progress_report(run, art, ("loss", "margin", "accuracy"))]
+    callbacks = [MarkComplete(), StopOnNaN(), progress_report(run, ("loss", "margin", "accuracy"))]
     trainer = PreferenceTrainer(model, config, tokenizer, lesson, callbacks)
     with trainer.accelerator.main_process_first():
         resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(model, where, causal_masks=True):  # none but those of packed pairs
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    log_done(run, art, started, resume, where, packed=lesson.packs)
+    log_done(run, started, resume, where, packed=lesson.packs)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     return Fitted(
         trained,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
-import time
 from typing import Any
 
 from tuneutils.shared import device  # noqa: F401 - sets the thread policy before torch loads
 
 import torch  # isort: skip
 
-from tuneutils.shared.artifact import Artifact, describe_input, work_dir, write_json
+from tuneutils.shared.artifact import Artifact, describe_input, log_event, work_dir, write_json
 from tuneutils.shared.calibration import calibration_ids
 from tuneutils.shared.command import Run
 from tuneutils.shared.device import resolve_device, resolve_dtype, seed_everything
@@ -149,10 +147,6 @@ def _judge(
         run.log.info("%s", one_line(made))
     if run.params.speed:
         measured = speed_up(original, model, int(tokenizer.pad_token_id))
-        art.work.mkdir(parents=True, exist_ok=True)
-        with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(
-                json.dumps({"time": time.time(), "tool": run.tool, "event": "speed", **measured}) + "\n"
-            )
+        log_event(run, event="speed", **measured)
         for what, value in measured.items():
             run.log.info("%s: %.2f times the original's speed", what, value["speed_up"]["value"])

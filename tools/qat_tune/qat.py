@@ -199,13 +199,13 @@ def _train(job: Job, examples: Examples) -> None:
         teacher=job.teacher,
         objective=objective,
         scale_rate=scale_rate(params),
-        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art)],
+        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run)],
     )
     resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(job.model, job.where):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    log_done(run, art, started, resume, job.where)
+    log_done(run, started, resume, job.where)
     logged = trainer.log_lines()
     write_log(art, logged)
     losses = [line["loss"] for line in logged if "loss" in line]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from tuneutils.shared.device import resolve_device, resolve_dtype
 import torch
 from torch import Tensor
 
-from tuneutils.shared.artifact import Artifact, Input, describe_input
+from tuneutils.shared.artifact import Artifact, Input, describe_input, log_event
 from tuneutils.shared.calibration import calibration_ids
 from tuneutils.shared.command import Run, Summary
 from tuneutils.shared.errors import ExitCode, ToolError, require
@@ -355,12 +354,10 @@ def _log(run: Run[Params], art: Artifact, seconds: float) -> None:
         found["error"]["max"],
         "the outputs' energy" if found["error"]["weighted_by"] == "calibration" else "the weights' squares",
     )
-    art.work.mkdir(parents=True, exist_ok=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = {
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(time.process_time(), 2),
-        "peak_rss_bytes": peak,
-    }
-    with open(art.work / "run.jsonl", "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
+    log_event(
+        run,
+        event="quantize",
+        seconds=round(seconds, 2),
+        cpu_seconds=round(time.process_time(), 2),
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )

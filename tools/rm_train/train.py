@@ -166,14 +166,14 @@ def fit(
         margin_scale=params.margin_scale,
         soft_labels=params.soft_labels,
         centre=params.centre,
-        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, art, ("loss", "accuracy"))],
+        callbacks=[MarkComplete(), StopOnNaN(), progress_report(run, ("loss", "accuracy"))],
     )
     with trainer.accelerator.main_process_first():
         resume = resume_point(run, checkpoints, art)
     started = time.monotonic()
     with fused(model, where, causal_masks=True):  # none but those of packed pairs
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    log_done(run, art, started, resume, where)
+    log_done(run, started, resume, where)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     rm = RewardModel(trained, tokenizer, where, dtype, template=params.template, max_length=limit)
     return Fitted(rm, counts, trainer.state.global_step, trainer.log_lines())
