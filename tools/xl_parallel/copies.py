@@ -81,8 +81,29 @@ def join_copies(texts: Sequence[str], owners: Groups, threshold: float) -> None:
     distinct = list(first.values())
     sets = shingles(list(first))
     for _, members in buckets(signatures(sets)):
-        for i, a in enumerate(members.tolist()):
-            for b in members[i + 1 :].tolist():
-                apart = owners.find(distinct[a]) != owners.find(distinct[b])
-                if apart and jaccard(sets[a], sets[b]) >= threshold:
-                    owners.join(distinct[a], distinct[b])
+        _join_similar(members.tolist(), sets, [distinct[i] for i in members.tolist()], owners, threshold)
+
+
+def _join_similar(
+    members: Sequence[int], sets: Sequence[U64], names: Sequence[int], owners: Groups, threshold: float
+) -> None:
+    """Join the members of a bucket that are similar; those together already are not compared.
+
+    Args:
+        names: what each member is among ``owners``.
+    """
+    parts: dict[int, list[int]] = {}
+    for member, name in zip(members, names):
+        for root, others in parts.items():
+            if root != owners.find(name) and any(
+                jaccard(sets[member], sets[other]) >= threshold for other in others
+            ):
+                owners.join(name, root)
+        together = owners.find(name)
+        joined = [parts.pop(root) for root in list(parts) if owners.find(root) == together]
+        largest: list[int] = max(joined, key=len, default=[])
+        for others in joined:
+            if others is not largest:
+                largest += others
+        largest.append(member)
+        parts[together] = largest

@@ -13,6 +13,8 @@ from support import Result, invoke, load_tool
 
 pytest.importorskip("scipy")
 
+from tuneutils.shared.neardup import jaccard
+from tuneutils.tools.xl_parallel import copies
 from tuneutils.tools.xl_parallel.copies import Groups, join_copies
 from tuneutils.tools.xl_parallel.placeholders import numbers, placeholders
 from tuneutils.tools.xl_parallel.rules import DIGIT, MARKER, Side
@@ -251,3 +253,23 @@ def test_groups_chain(tmp_path: Path) -> None:
     groups = Groups(4)
     join_copies(["A first one.", "a FIRST one", "chapter 1 here", "Chapter 27, here"], groups, 1.0)
     assert [groups.find(i) for i in range(4)] == [0, 0, 2, 2]
+
+
+def test_what_is_together_already_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand sentences that differ in a word each is compared a few times, not with all the others."""
+    compared = 0
+
+    def counted(a: object, b: object) -> float:
+        nonlocal compared
+        compared += 1
+        return jaccard(a, b)
+
+    monkeypatch.setattr(copies, "jaccard", counted)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(1000)]
+    texts = [f"the file {word} could not be opened because permission was denied" for word in words]
+    texts += ["another sentence that has nothing to do with any of those files"]
+    groups = Groups(len(texts))
+    join_copies(texts, groups, 0.8)
+    assert [groups.find(i) for i in range(1001)] == [0] * 1000 + [1000]
+    assert compared < 5 * len(texts)
