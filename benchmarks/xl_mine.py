@@ -47,6 +47,8 @@ def fetch(args: argparse.Namespace, work: Path) -> Path:
         except subprocess.CalledProcessError:
             continue
         lines += out.read_text(encoding="utf-8").splitlines(keepends=True)
+    if not lines:
+        raise SystemExit("no package could be had")
     joined.write_text("".join(lines), encoding="utf-8")
     return joined
 

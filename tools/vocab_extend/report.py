@@ -54,7 +54,8 @@ def as_markdown(report: Report) -> str:
         cells = [
             shown(text[s][k]) for k in ("tokens_per_word", "bytes_per_token") for s in ("before", "after")
         ]
-        lines.append(f"| {name} | {text['documents']} | {' | '.join(cells)} |")
+        shown_name = f"{name} (learnt from)" if name == "records" else name
+        lines.append(f"| {shown_name} | {text['documents']} | {' | '.join(cells)} |")
     for name, text in report["bits_per_byte"].items():
         lines += [
             "",

@@ -18,10 +18,6 @@ _ACCELERATOR = re.compile(r"(?<![\w_])_(?=\w)|(?<=\w)_(?=\w)|(?<!&)&(?=\w)(?![a-
 _TRAILING = re.compile(r"\s*\([_&]\w\)")
 
 
-def is_catalogue(path: Path) -> bool:
-    return path.suffix in (".po", ".mo", ".gmo")
-
-
 def language_of(path: Path, catalogue: Any = None) -> str | None:
     """By the folder (``…/es/LC_MESSAGES/x.mo``), the file's name (``es.po``), or the header."""
     installed = path.parent.name == "LC_MESSAGES"

@@ -61,7 +61,7 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _BY_SUFFIX)
+    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in _BY_SUFFIX)
     if not found:
         raise ToolError(
             f"{path}: no catalogue, TMX, XLIFF or subtitles below it", code=ExitCode.MISSING_INPUT
