@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,32 @@ def test_a_model_is_asked_and_what_it_does_not_finish_is_dropped(tmp_path: Path,
     metrics = json.loads((tmp_path / "out.jsonl.artifact.json").read_text())["metrics"]
     assert metrics["read"] == 3 == metrics["written"] + sum(metrics["dropped"].values())
     assert metrics["dropped"]["too long"] == 1
+
+
+def test_what_a_model_says_is_the_source_side(tmp_path: Path) -> None:
+    """A model without attention whose next token follows from the last: newline, one, two, end."""
+    import torch
+    from support import build_tiny_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = build_tiny_model(tmp_path / "chain", tie_word_embeddings=False)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chain = [
+        tokenizer("\n").input_ids[-1],
+        *tokenizer.convert_tokens_to_ids(["o", "k"]),
+        tokenizer.eos_token_id,
+    ]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for last, following in pairwise(chain):
+            model.lm_head.weight[following] = model.model.embed_tokens.weight[last]
+    model.save_pretrained(folder)
+    source = write(tmp_path / "in.jsonl", {"text": "uno"}, {"text": "dos"}, {"text": "ok"})
+    args = ("--from-lang", "es", "--to-lang", "en", "-m", folder, "--device", "cpu", "--dtype", "float32")
+    done = invoke(XL, "backtranslate", *args, "-o", tmp_path / "out.jsonl", source)
+    assert done.code == 0, done.stderr
+    assert [(r["src"], r["tgt"]) for r in rows(tmp_path / "out.jsonl")] == [("ok", "uno"), ("ok", "dos")]
+    assert "1 not translated" in done.stderr
