@@ -31,12 +31,18 @@ def params_of(*args: str, env: dict[str, str] | None = None) -> dict[str, Any]:
     return done.json()["params"]
 
 
+def _interruptible() -> None:
+    """A shell lets what it starts in the background ignore interrupts, and the tests then pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def spawn(*args: str, **keywords: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, str(TOY), *args],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=_interruptible,
         env=environment(),
         **keywords,
     )
